@@ -1,0 +1,475 @@
+"""GPT-2 from scratch, in one file that works alone: the model, its checkpoints on disk, and text generation.
+
+The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn, mlp.c_fc ...), so loading is one loop.
+
+Shape letters, the same in every file of this project:
+    B batch    T tokens    C embedding width    H heads    D = C / H    L layers    V vocabulary    P, m prompt length
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+import json
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ------------------------------------------------------------------------------------------------------- the network
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT-2. The defaults are the smallest published one's (124M parameters)."""
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None              # width of the MLP; None: 4 * n_embd
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0                    # in training only: on embeddings, attention and residual branches
+
+
+def attend(q, k, v, mask, dropout):
+    """Queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D). mask None: the causal triangle."""
+    if q.device.type == "cpu":                          # there the bfloat16 kernel's backward pass is four times slower
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: every position reads itself and what stands before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)       # queries, keys and values in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask=None, extend=None):
+        """x (B, T, C) -> (B, T, C).
+
+        mask: which keys each position may read, broadcastable to (B, H, T, S); None: the causal triangle.
+        extend: a function (k, v) -> (k, v) that puts earlier keys and values in front; see `Past`.
+        """
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, T, C) -> (B, H, T, D)
+                   for t in self.c_attn(x).split(C, dim=2))
+        if extend is not None:
+            k, v = extend(k, v)                                                     # (B, H, T, D) -> (B, H, S, D)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                      # (B, H, T, D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+
+    def forward(self, x):
+        # GPT-2 was trained with the tanh form of GELU; the exact form differs by up to 5e-4 per activation.
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask=None, extend=None):
+        x = x + self.drop(self.attn(self.ln_1(x), mask, extend))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+def init_weights(module):
+    """GPT-2's initialisation, for `Module.apply`."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+class Past:
+    """Keys and values that every layer reads before its own: a prompt written straight into the GPT's memory.
+
+    pairs: (L, 2, B or 1, H, P, D). The row itself follows at positions P, P + 1, ...
+    """
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def positions(self, T):
+        """Where the next T tokens stand: (T,), the same for every row."""
+        P = self.pairs.size(-2)
+        return torch.arange(P, P + T, device=self.pairs.device)
+
+    def extend(self, layer, k, v):
+        """The keys and values of the row (B, H, T, D) -> the same with the earlier ones in front (B, H, P + T, D)."""
+        return [torch.cat((old.expand(new.size(0), -1, -1, -1).to(new.dtype), new), dim=2)
+                for old, new in zip(self.pairs[layer], (k, v))]
+
+
+class Cache(Past):
+    """Unlike a plain `Past`, a cache also remembers what it is shown, so that each new token costs one position.
+
+    The first pass shows it whole rows, padded on the right. From then on `lengths` (B,) says how many positions of each
+    row are real; the next token is written at that place, over the padding, and reads the places up to its own.
+    """
+
+    def __init__(self, pairs, room):
+        super().__init__(pairs)
+        self.room, self.layers, self.lengths = room, [], None
+
+    def positions(self, T):
+        return super().positions(T) if self.lengths is None else self.lengths[:, None]      # (T,) or (B, 1)
+
+    def extend(self, layer, k, v):
+        if self.lengths is None:
+            k, v = super().extend(layer, k, v)
+            self.layers.append([F.pad(t, (0, 0, 0, self.room)) for t in (k, v)])            # (B, H, P + T + room, D)
+            return k, v
+        B, S = len(self.lengths), int(self.lengths.max()) + 1
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[torch.arange(B, device=k.device), :, self.lengths] = new[:, :, 0]
+        return [kept[:B, :, :S] for kept in self.layers[layer]]
+
+    def keep(self, rows):
+        """Let rows leave: `rows` (b,) says which remain. Each hole is filled with a later row, so little is copied."""
+        places = torch.arange(len(rows), device=rows.device)
+        moved = rows != places
+        for kept in (t for pair in self.layers for t in pair):
+            kept[places[moved]] = kept[rows[moved]]
+        self.lengths = self.lengths[rows]
+
+
+class GPT(nn.Module):
+    """GPT-2 with the output layer tied to the word embedding.
+
+    >>> gpt = GPT.from_pretrained("tiny/tiny-gpt2")
+    >>> gpt(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 4096])
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.apply(init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):      # 2L branches add into the residual stream: keep its variance at 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, ids, past=None):
+        """Token ids (B, T) int64 -> logits (B, T, V). `past`: see `transform`."""
+        return self.logits(self.transform(self.wte(ids), past))
+
+    def transform(self, x, past=None):
+        """Input embeddings (B, T, C), without positions -> last hidden states (B, T, C).
+
+        The door for prompts: vectors enter as part of x, key/value pairs as a `Past`.
+        """
+        if past is None:
+            positions, mask = torch.arange(x.size(1), device=x.device), None
+        else:
+            positions = past.positions(x.size(1))                                           # (T,) or (B, T)
+            everyone = torch.arange(int(positions.max()) + 1, device=x.device)              # (S,)
+            mask = (everyone <= positions[..., None])[..., None, :, :]                      # (1, T, S) or (B, 1, T, S)
+        x = self.drop(x.float() + self.wpe(positions))          # the branches add up in float32, whatever the weights are held in
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, past and (lambda k, v: past.extend(layer, k, v)))
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """Hidden states (..., C) -> logits (..., V). Ask for few positions: V is large, and this is the widest layer."""
+        return F.linear(hidden, self.wte.weight)
+
+    # ------------------------------------------------------------------------------------------------ generating text
+
+    def generate(self, queries, max_new_tokens=40, eot=50256, temperature=0.0, top_p=1.0):
+        """Continue each of a list of token lists until `eot`, or for max_new_tokens (an int, or one for each query).
+
+        Returns a list of token lists, without eot. temperature 0 is greedy; otherwise tokens are drawn from the
+        smallest set that holds top_p of the probability. Raises ValueError for an empty query or one that leaves
+        too few of the n_positions.
+        """
+        if not all(queries):
+            raise ValueError(f"query {[bool(q) for q in queries].index(False)} has no tokens, expected at least one")
+        lengths = torch.tensor([len(q) for q in queries], device=self.wte.weight.device)
+        ids = lengths.new_zeros(len(queries), max(map(len, queries), default=0))
+        for row, query in zip(ids, queries):
+            row[:len(query)] = torch.tensor(query)
+        with torch.no_grad():
+            return self.answer(self.wte(ids), lengths, None, max_new_tokens, eot, temperature, top_p)
+
+    @torch.no_grad()
+    def answer(self, x, lengths, pairs, max_new_tokens, eot, temperature=0.0, top_p=1.0):
+        """Like `generate`, from input embeddings x (B, T, C), of which each row's first lengths[b] are real, and
+        key/value pairs (L, 2, B or 1, H, P, D) that stand before them, or None."""
+        (B, T, C), (H, L) = x.shape, (self.config.n_head, self.config.n_layer)
+        if B == 0:
+            return []
+        if pairs is None:
+            pairs = x.new_zeros(L, 2, 1, H, 0, C // H)
+        limits = torch.as_tensor(max_new_tokens, device=x.device).expand(B)
+        needed = pairs.size(-2) + int((lengths + limits).max())
+        if needed > self.config.n_positions:
+            raise ValueError(f"prompt, query and answer need {needed} positions, but the model's n_positions is "
+                             f"{self.config.n_positions}")
+        cache = Cache(pairs, int(limits.max()))
+        hidden = self.transform(x, cache)
+        last = hidden[torch.arange(B, device=x.device), lengths - 1]                        # (B, C)
+        cache.lengths = pairs.size(-2) + lengths
+        answers = [[] for _ in range(B)]
+        rows = torch.arange(B, device=x.device)             # which query stands in which place of the shrinking batch
+        while True:
+            tokens = choose(self.logits(last).float(), temperature, top_p)                  # (b, C) -> (b,)
+            for row, token in zip(rows.tolist(), tokens.tolist()):
+                answers[row].append(token)
+            stays = (tokens != eot) & (limits > len(answers[rows[0]]))
+            if not stays.all():                                                             # finished rows leave
+                places = stays.nonzero().squeeze(1)
+                if len(places) == 0:
+                    return [a[:-1] if a[-1] == eot else a for a in answers]
+                holes = (~stays[:len(places)]).nonzero().squeeze(1)
+                stay = torch.arange(len(places), device=x.device)
+                stay[holes] = places[len(places) - len(holes):]
+                cache.keep(stay)
+                rows, tokens, limits = rows[stay], tokens[stay], limits[stay]
+            last = self.transform(self.wte(tokens)[:, None], cache)[:, 0]                   # (b, 1, C) -> (b, C)
+            cache.lengths = cache.lengths + 1
+
+    # ---------------------------------------------------------------------------------------------- checkpoint folders
+
+    @classmethod
+    def from_pretrained(cls, folder, dropout=0.0):
+        """Load config.json and model.safetensors (or pytorch_model.bin) in Hugging Face's layout -> GPT, float32, eval mode.
+
+        Raises OSError for a missing file, ValueError for a file that is broken or holds something else than a GPT-2.
+        """
+        folder = Path(folder)
+        config = read_config(folder / "config.json")
+        config.dropout = dropout
+        with torch.device("meta"):                              # shapes only: nothing is allocated, nothing initialised
+            gpt = cls(config)
+        expected, found, unexpected = gpt.state_dict(), {}, []
+        source, tied = weights_file(folder), None
+        for name, tensor in read_safetensors(source) if source.suffix == ".safetensors" else read_pickle(source):
+            name = name.removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias")):          # the causal triangle, stored by old versions
+                continue
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"{source}: {name} is {tensor.dtype}, expected float32, float16 or bfloat16")
+            if name == "lm_head.weight":
+                tied = tensor
+            elif name not in expected:
+                unexpected.append(name)
+            else:
+                if is_conv1d(name):
+                    tensor = tensor.t() if tensor.dim() == 2 else tensor
+                if tensor.shape != expected[name].shape:
+                    raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, "
+                                     f"but config.json asks for {list(expected[name].shape)}")
+                found[name] = tensor.float().contiguous()
+        missing = sorted(expected.keys() - found.keys())
+        if missing or unexpected:
+            raise ValueError(f"{source} is not a plain GPT-2 of this shape: "
+                             f"missing {some(missing)}; unexpected {some(unexpected)}")
+        if tied is not None and not torch.equal(tied.float(), found["wte.weight"]):
+            raise ValueError(f"{source}: lm_head.weight differs from wte.weight, expected GPT-2's tied output layer")
+        gpt.load_state_dict(found, assign=True)
+        return gpt.eval()
+
+    def save_pretrained(self, folder, dtype=torch.float32):
+        """Write config.json and model.safetensors as `transformers` writes and reads them."""
+        folder, c = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+                  "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_ctx": c.n_positions, "n_embd": c.n_embd,
+                  "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner,
+                  "layer_norm_epsilon": c.layer_norm_epsilon, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
+                  "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1}      # <|endoftext|> comes last
+        write_safetensors(folder / "model.safetensors", {
+            f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype) for name, t in self.state_dict().items()})
+        replace(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+
+
+def is_conv1d(name):
+    """GPT-2's attention and MLP layers are `Conv1D`: stored (in, out), where nn.Linear keeps (out, in)."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def some(names):
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}" if names else "nothing"
+
+
+def choose(logits, temperature, top_p):
+    """Logits (b, V) -> the next token of each row (b,): the likeliest, or drawn from the top_p nucleus."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, ids = F.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    probs[probs.cumsum(dim=-1) - probs >= top_p] = 0            # what stands before a token already fills the nucleus
+    probs[:, 0] += (probs[:, 0] == 0)                           # top_p 0 leaves the likeliest
+    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
+
+
+def read_config(path):
+    """Hugging Face's config.json -> GPTConfig. Raises ValueError for anything but a plain GPT-2 of a sane size."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, expected an object")
+    plain = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
+             "add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+    for key, value in plain.items():        # loaded silently, the logits of such a model would be wrong
+        if raw.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
+
+    def number(*keys, limit):
+        key = next((k for k in keys if raw.get(k) is not None), keys[0])
+        value = raw.get(key)
+        if type(value) is not int or not 0 < value <= limit:
+            raise ValueError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {limit}")
+        return value
+
+    config = GPTConfig(vocab_size=number("vocab_size", limit=10**7), n_positions=number("n_positions", "n_ctx", limit=10**6),
+                       n_embd=number("n_embd", limit=10**5), n_layer=number("n_layer", limit=1000),
+                       n_head=number("n_head", limit=10**4),
+                       n_inner=None if raw.get("n_inner") is None else number("n_inner", limit=10**6),
+                       layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5))
+    if config.n_embd % config.n_head:
+        raise ValueError(f"{path}: n_embd {config.n_embd} does not divide into n_head {config.n_head} heads")
+    if type(config.layer_norm_epsilon) not in (int, float) or not 0 < config.layer_norm_epsilon < 1:
+        raise ValueError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon!r}, expected a number between 0 and 1")
+    return config
+
+
+def weights_file(folder):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin")
+
+
+def load_plain(path):
+    """torch.load for tensors, numbers and text alone: a pickle from a stranger could otherwise run code. Raises ValueError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is broken or holds more than plain tensors, so it was not loaded: "
+                         f"{str(error).strip().splitlines()[:1]}") from None
+
+
+def read_pickle(path):
+    """Tensors of a pytorch_model.bin, as (name, tensor)."""
+    tensors = load_plain(path)
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} does not hold a dictionary of names and tensors")
+    yield from tensors.items()
+
+
+# ------------------------------------------------------------------------------------------------------- safetensors
+# 8 bytes: N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; then raw bytes.
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """Tensors of a safetensors file, as (name, tensor), one at a time. Everything is checked before anything is allocated.
+
+    Raises ValueError where the file breaks the format: the header must be sound and the tensors must tile the data.
+    """
+    def check(sound, complaint):
+        if not sound:
+            raise ValueError(f"{path} is not a sound safetensors file: {complaint}")
+
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        check(size >= 8, f"it holds {size} bytes, expected at least 8")
+        n = int.from_bytes(file.read(8), "little")
+        check(n <= min(size - 8, 100_000_000), f"its header claims {n} bytes, but the file holds {size} (and the cap is 100 MB)")
+        try:
+            header = json.loads(file.read(n).decode("utf-8"), object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            check(False, f"its header is not JSON: {error}")
+        check(isinstance(header, dict), "its header is not an object")
+        header.pop("__metadata__", None)
+        end = 0
+        for name, entry in header.items():
+            check(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
+                  f"the entry of {name!r} should be dtype, shape and data_offsets")
+            dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+            check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+            for numbers in (shape, offsets):
+                check(isinstance(numbers, list) and all(type(i) is int and 0 <= i < 2**63 for i in numbers),
+                      f"{name!r} has {numbers!r} where whole numbers are expected")
+            check(len(offsets) == 2 and offsets[1] - offsets[0] == math.prod(shape) * DTYPES[dtype].itemsize,
+                  f"{name!r} of shape {shape} and dtype {dtype} does not fit its bytes {offsets}")
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        for name, entry in entries:
+            begin, stop = entry["data_offsets"]
+            check(begin == end, f"{name!r} begins at byte {begin}, expected {end}: the tensors overlap or leave a gap")
+            end = stop
+        check(8 + n + end == size, f"its tensors end at byte {8 + n + end}, but the file has {size}")
+        for name, entry in entries:
+            data = bytearray(entry["data_offsets"][1] - entry["data_offsets"][0])
+            check(file.readinto(data) == len(data), "it shrank while it was read")
+            dtype = DTYPES[entry["dtype"]]
+            tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            yield name, tensor.view(entry["shape"])
+
+
+def unique(pairs):
+    """For JSON: a dictionary, but two entries of one name are an error."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+def write_safetensors(path, tensors):
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, t in tensors.items():
+        begin, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                                         # data starts aligned
+
+
+    def write(file):
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            file.write(t.view(-1).view(torch.uint8).numpy())
+
+    replace(path, write)
+
+
+def replace(path, write):
+    """Let write(file) fill a temporary file, then rename it: whoever looks finds the old file or the new one, never half of one."""
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
