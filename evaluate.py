@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import (checkpoint_folder, encode_pairs, group_by_length, load_tokenizer, make_batch, make_pairs, read_dialogues,
-                  take_fraction)
+from data import (checkpoint_folder, encode_pairs, group_by_length, load_tokenizer, make_batch, make_pairs,
+                  read_dialogues, take_fraction)
 from model import GPT, load_plain, read_config, replace
 from prompt_encoder import METHODS, PromptedGPT
 
 # ----------------------------------------------------------------------------------------------------------- metrics
-# Lists of strings in, a float out. Down to the next ruler, everything needs the standard library alone and can be pasted anywhere.
+# Lists of strings in, a float out. Down to the next ruler the standard library is enough: paste them anywhere.
 
 
 def tokenize(text):
@@ -45,8 +45,8 @@ def ngrams(tokens, n):
 def corpus_bleu(outputs, references, n=4):
     """BLEU-n of a whole corpus, one reference each, no smoothing (Papineni et al. 2002, section 2.3).
 
-    The geometric mean of the precisions of orders 1..n, each output's n-grams clipped to its reference's, times the brevity
-    penalty; 0 where an order has no match. Here 4/4 words, 3/3 pairs, and the output is 4 words against 5:
+    The geometric mean of the precisions of orders 1..n, each output's n-grams clipped to its reference's, times the
+    brevity penalty; 0 where an order has no match. Here 4/4 words, 3/3 pairs, and the output is 4 words against 5:
 
     >>> round(corpus_bleu(["the cat sat down"], ["the cat sat down ."], n=2), 4)        # exp(1 - 5/4)
     0.7788
@@ -67,7 +67,7 @@ def corpus_bleu(outputs, references, n=4):
 
 
 def corpus_nist(outputs, references, n=5):
-    """NIST-n of a whole corpus, one reference each (Doddington 2002): BLEU's matches, weighed by how much an n-gram tells.
+    """NIST-n of a whole corpus, one reference each (Doddington 2002): BLEU's matches, weighed by what an n-gram tells.
 
     An n-gram's information is log2(count of its first n - 1 words / its own count), over all references.
     """
@@ -90,7 +90,7 @@ def corpus_nist(outputs, references, n=5):
         score += gain / total
     if words == 0:
         return 0.0
-    ratio = length / words                              # the penalty is 1/2 where outputs are 2/3 as long as the references
+    ratio = length / words                              # the penalty is 1/2 where outputs are 2/3 as long as references
     return score * (math.exp(math.log(0.5) / math.log(1.5) ** 2 * math.log(ratio) ** 2) if ratio < 1 else 1.0)
 
 
@@ -137,30 +137,36 @@ def distinct(outputs, n):
     >>> distinct(["so so good"], 1)
     0.6666666666666666
     """
-    counts = sum((ngrams(tokenize(output), n) for output in outputs), Counter())
+    counts = Counter()
+    for output in outputs:                              # `sum` would copy all that is counted so far for each output
+        counts.update(ngrams(tokenize(output), n))
     return len(counts) / max(1, counts.total())
 
 
 def all_metrics(outputs, references, training_responses, mean_loss):
     """Every metric of results.json; null for all of them where there is no pair."""
-    names = ("bleu1", "bleu2", "bleu3", "bleu4", "novelty", "diversity", "distinct1", "distinct2", "nist", "rouge_l", "length", "perplexity")
+    names = ("bleu1", "bleu2", "bleu3", "bleu4", "novelty", "diversity", "distinct1", "distinct2", "nist", "rouge_l",
+             "length", "perplexity")
     if not outputs:
         return {"n": 0} | dict.fromkeys(names)
-    return {"n": len(outputs)} | dict(zip(names, (
-        *(corpus_bleu(outputs, references, n) for n in (1, 2, 3, 4)), novelty(outputs, training_responses), diversity(outputs),
-        distinct(outputs, 1), distinct(outputs, 2), corpus_nist(outputs, references), rouge_l(outputs, references),
-        statistics.fmean(len(tokenize(o)) for o in outputs), None if mean_loss is None else math.exp(mean_loss))))
+    values = (*(corpus_bleu(outputs, references, n) for n in (1, 2, 3, 4)),
+              novelty(outputs, training_responses), diversity(outputs), distinct(outputs, 1), distinct(outputs, 2),
+              corpus_nist(outputs, references), rouge_l(outputs, references),
+              statistics.fmean(len(tokenize(o)) for o in outputs),
+              None if mean_loss is None else math.exp(min(mean_loss, 700)))
+    return {"n": len(outputs)} | dict(zip(names, values))
 
 
 class Lookup:
-    """A dictionary for a model: each query of the training set is answered with its most frequent response there, any other with the
-    most frequent of all; among equals with the earliest. What a system scores beyond this, it did not get by heart."""
+    """A dictionary for a model: each query of the training set is answered with its most frequent response there, any
+    other with the most frequent of all; among equals with the earliest. What a system scores beyond this, it did not
+    learn by heart."""
 
     def __init__(self, training_pairs):
         answers = defaultdict(Counter)
         for query, response in training_pairs:
             answers[key(query)][response] += 1
-        self.answers = {query: counts.most_common(1)[0][0] for query, counts in answers.items()}     # ties: first seen first
+        self.answers = {query: counts.most_common(1)[0][0] for query, counts in answers.items()}    # ties: the earliest
         self.default = Counter(response for _, response in training_pairs).most_common(1)[0][0]
 
     def answer(self, query):
@@ -179,7 +185,7 @@ MAX_NEW_TOKENS = 40
 
 
 class Task:
-    """What a run trains and is tested on: pairs as text and as tokens, and the test pairs whose query is in the training set."""
+    """What a run trains and is tested on: pairs as text and as tokens, and which test queries the training set has."""
 
     def __init__(self, config, tokenizer):
         dialogues = read_dialogues(config["data"])
@@ -192,48 +198,58 @@ class Task:
             if not pairs[split]:
                 raise ValueError(f"--fraction {config['fraction']} of {config['data']} leaves no pair to train on")
         self.pairs, self.tokenizer = pairs, tokenizer
-        self.examples = {s: encode_pairs(p, tokenizer, config["max_query"], config["max_response"]) for s, p in pairs.items()}
+        self.examples = {split: encode_pairs(p, tokenizer, config["max_query"], config["max_response"])
+                         for split, p in pairs.items()}
 
 
 def choose_device(device, dtype):
     """The flags --device and --dtype -> (torch.device, torch.dtype, why)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch finds no CUDA device here, expected cpu")
+    kind, _, index = device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}.get(kind, 0)
+    if not (index or "0").isdecimal() or int(index or 0) >= there:
+        raise ValueError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
     if dtype != "auto":
         return torch.device(device), getattr(torch, dtype), f"--dtype {dtype}"
-    fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.device(device), torch.bfloat16 if fast else torch.float32, (
-        f"{kind} has {'' if fast else 'no '}fast bfloat16")
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = kind == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    why = f"this {kind} has {'' if fast else 'no '}fast bfloat16"
+    return torch.device(device), torch.bfloat16 if fast else torch.float32, why
 
 
 def open_checkpoint(config):
-    """A run's settings -> (GPTConfig, tokenizer) of its checkpoint, checked against the settings and each other."""
+    """A run's settings -> the tokenizer of its checkpoint, which is checked against the settings."""
     folder = checkpoint_folder(config["model"])
     shape, tokenizer = read_config(folder / "config.json"), load_tokenizer(folder)
     if tokenizer.n_vocab != shape.vocab_size:
-        raise ValueError(f"{folder}: vocab.json has {tokenizer.n_vocab} entries, but config.json says vocab_size {shape.vocab_size}")
-    encoder, query, response = METHODS[config["method"]], config["max_query"], max(config["max_response"], MAX_NEW_TOKENS)
-    prompt = (config["prompt_length"] or encoder.default_length) if encoder.default_length else query * (encoder is not METHODS["finetune"])
+        raise ValueError(f"{folder}: vocab.json has {tokenizer.n_vocab} entries, "
+                         f"but config.json says vocab_size {shape.vocab_size}")
+    query, response = config["max_query"], max(config["max_response"], MAX_NEW_TOKENS)
+    prompt = {"finetune": 0, "soft": query, "dynamic": query}.get(
+        config["method"], config["prompt_length"] or METHODS[config["method"]].default_length)
     if prompt + query + response > shape.n_positions:
-        raise UsageError(f"prompt {prompt} + --max-query {query} + response {response} = {prompt + query + response} tokens, but {config['model']} "
-                         f"has n_positions {shape.n_positions}")
-    return shape, tokenizer
+        raise UsageError(f"a prompt of {prompt}, --max-query {query} and a response of {response} tokens are "
+                         f"{prompt + query + response}, but {config['model']} has n_positions {shape.n_positions}")
+    return tokenizer
 
 
 def build(config, dtype):
     """A run's settings -> its model, untrained."""
-    return PromptedGPT(GPT.from_pretrained(checkpoint_folder(config["model"]), config["dropout"]), config["method"], config["prompt_length"],
-                       config["controller_layers"], config["max_query"], config["train_embeddings"], dtype)
+    gpt = GPT.from_pretrained(checkpoint_folder(config["model"]), config["dropout"])
+    return PromptedGPT(gpt, config["method"], config["prompt_length"], config["controller_layers"], config["max_query"],
+                       config["train_embeddings"], dtype)
 
 
 def describe(config, model, best):
     """What results.json says of a run, before its test."""
     return {k: config[k] for k in ("method", "model", "data", "fraction", "seed")} | {
-        "lr": best["lr"], "epoch": best["epoch"], "trainable_parameters": sum(p.numel() for p in model.trained().values()),
-        "total_parameters": sum(p.numel() for p in model.parameters()), "test": None, "test_unseen": None, "val_bleu4": best["val_bleu4"]}
+        "lr": best["lr"], "epoch": best["epoch"],
+        "trainable_parameters": sum(p.numel() for p in model.trained().values()),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "test": None, "test_unseen": None, "val_bleu4": best["val_bleu4"]}
 
 
 def gather(part):
@@ -277,7 +293,8 @@ def test(model, task, folder, results):
     pairs, examples = task.pairs["test"], task.examples["test"]
     training = [response for _, response in task.pairs["train"]]
     outputs = respond(model, examples, task.tokenizer)
-    for name, chosen in (("test", range(len(pairs))), ("test_unseen", [i for i, seen in enumerate(task.seen) if not seen])):
+    unseen = [i for i, seen in enumerate(task.seen) if not seen]
+    for name, chosen in (("test", range(len(pairs))), ("test_unseen", unseen)):
         loss = mean_loss(model, [examples[i] for i in chosen])
         results[name] = all_metrics([outputs[i] for i in chosen], [pairs[i][1] for i in chosen], training, loss)
     lines = [json.dumps({"query": query, "reference": reference, "response": output, "seen": seen}, ensure_ascii=False)
@@ -307,17 +324,16 @@ def read_json(path, needed):
 
 
 def read_settings(folder):
-    config = read_json(folder / "config.json", ("version", "method", "model", "data"))
+    config = read_json(folder / "config.json", ("version", "method", "model", "data", "fraction", "turns", "pairs"))
     if config["version"] != VERSION:
         raise ValueError(f"{folder / 'config.json'} is of version {config['version']}, expected {VERSION}")
     return config
 
 
 def load_run(folder, device="auto", dtype="auto"):
-    """A run's folder -> (settings, model with its best weights, tokenizer, what best.pt says of itself)."""
+    """A run's folder -> (settings, model with its best weights, what best.pt says of itself)."""
     config = read_settings(folder)
-    device, dtype, _ = choose_device(str(device), config["dtype"] if dtype == "auto" else str(dtype).removeprefix("torch."))
-    _, tokenizer = open_checkpoint(config)
+    device, dtype, _ = choose_device(device, config["dtype"] if dtype == "auto" else dtype)
     model = build(config, dtype)
     if not (folder / "best.pt").exists():
         raise FileNotFoundError(f"{folder / 'best.pt'} is missing: has the run's first epoch ended?")
@@ -325,13 +341,15 @@ def load_run(folder, device="auto", dtype="auto"):
     if not isinstance(best, dict) or not {"trained", "epoch", "val_bleu4", "lr"} <= best.keys():
         raise ValueError(f"{folder / 'best.pt'} is not a checkpoint of this project")
     model.load_trained(best["trained"])
-    return config, model.to(device).eval(), tokenizer, best
+    return config, model.to(device).eval(), best
 
 
 # ------------------------------------------------------------------------------------------- tables, figure, and chat
 
-COLUMNS = {"bleu1": "BLEU1", "bleu2": "BLEU2", "bleu3": "BLEU3", "bleu4": "BLEU4", "novelty": "Novelty", "diversity": "Diversity",
-           "nist": "NIST", "rouge_l": "ROUGE-L", "distinct1": "Dist-1", "distinct2": "Dist-2", "length": "Length", "perplexity": "PPL"}
+COLUMNS = {"bleu1": "BLEU1", "bleu2": "BLEU2", "bleu3": "BLEU3", "bleu4": "BLEU4", "novelty": "Novelty",
+           "diversity": "Diversity", "nist": "NIST", "rouge_l": "ROUGE-L", "distinct1": "Dist-1", "distinct2": "Dist-2",
+           "length": "Length", "perplexity": "PPL"}
+DIGITS = dict.fromkeys(COLUMNS, 3) | {"nist": 2, "length": 1, "perplexity": 1}
 
 
 def spread(values, digits):
@@ -339,26 +357,26 @@ def spread(values, digits):
     values = [v for v in values if v is not None]
     if not values:
         return "-"
-    return f"{statistics.fmean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(rows):
     """[(label, label, [M, ...]), ...] -> a Markdown table, one line for each row, seeds averaged."""
     lines = ["| Data | Method | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---:|" * len(COLUMNS)]
     for data, method, results in rows:
-        cells = [spread([r[c] for r in results], 1 if c in ("length", "perplexity") else 2 if c == "nist" else 3) for c in COLUMNS]
+        cells = [spread([r[c] for r in results], DIGITS[c]) for c in COLUMNS]
         lines.append(f"| {data} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def lookup_results(data, turns=1, pairs="steps"):
-    """The dictionary's scores -> {"test": M, "test_unseen": M}, and the number of pairs answered."""
+    """The dictionary's scores on a data set -> {"test": M, "test_unseen": M}."""
     splits = {split: make_pairs(d, turns, pairs == "sliding") for split, d in read_dialogues(data).items()}
     lookup, training = Lookup(splits["train"]), [response for _, response in splits["train"]]
-
-    def score(chosen):
-        return all_metrics([lookup.answer(q) for q, _ in chosen], [r for _, r in chosen], training, None)
-    return {"test": score(splits["test"]), "test_unseen": score([p for p in splits["test"] if key(p[0]) not in lookup.answers])}
+    unseen = [pair for pair in splits["test"] if key(pair[0]) not in lookup.answers]
+    return {name: all_metrics([lookup.answer(q) for q, _ in chosen], [r for _, r in chosen], training, None)
+            for name, chosen in (("test", splits["test"]), ("test_unseen", unseen))}
 
 
 def finished_runs(path):
@@ -366,26 +384,35 @@ def finished_runs(path):
     files = sorted(Path(path).rglob("results.json"))
     if not files:
         raise FileNotFoundError(f"{path} holds no finished run (no results.json below it)")
-    return [(read_settings(f.parent), read_json(f, ("method", "model", "data", "fraction", "seed", "test", "test_unseen"))) for f in files]
+    return [(read_settings(file.parent), read_json(file, ("test", "test_unseen"))) for file in files]
+
+
+def ablation(config):
+    """What of a method was set otherwise than by default: such a run is another row, not another seed."""
+    usual = {"prompt_length": None, "controller_layers": 2, "train_embeddings": None}
+    return "".join(f", {k.replace('_', ' ')} {config[k]}" for k in usual if config.get(k, usual[k]) != usual[k])
 
 
 def table(path):
-    """Runs below a folder -> Markdown: for each data set and model the papers' table, over all test pairs and over the unseen ones."""
+    """Runs below a folder -> Markdown: for each data set and model the papers' table, for all and unseen test pairs."""
     groups = defaultdict(lambda: defaultdict(list))
     for config, results in finished_runs(path):
-        groups[config["data"], config["turns"], config["pairs"], config["model"]][config["fraction"], config["method"]].append(results)
+        group = groups[config["data"], config["turns"], config["pairs"], config["model"]]
+        group[config["fraction"], config["method"], ablation(config)].append(results)
     text = []
     for (data, turns, pairs, model), rows in sorted(groups.items()):
         try:
             lookup = lookup_results(data, turns, pairs)
         except (OSError, ValueError):                   # the data may have moved since
             lookup = None
-        for part, name in (("test", "all"), ("test_unseen", "unseen")):
-            lines = [(f"{fraction:.0%}", method, [r[part] for r in results]) for (fraction, method), results in sorted(rows.items())]
+        order = list(METHODS)
+        for part, name in (("test", "test pairs"), ("test_unseen", "unseen test pairs")):
+            lines = [(f"{100 * fraction:g}%", method + more, [r[part] for r in rows[fraction, method, more]])
+                     for fraction, method, more in sorted(rows, key=lambda row: (row[0], order.index(row[1]), row[2]))]
             if lookup:
                 lines.append(("100%", "lookup", [lookup[part]]))
-            n, context = lines[0][2][0]["n"], "" if turns == 1 else f", {turns} turns"
-            text += [f"### {data}, {model}{context}: {name} {n:,} test pairs" if name == "all" else f"{name} {n:,} pairs", "", markdown(lines), ""]
+            context = f", {turns} turns" * (turns > 1) + ", sliding" * (pairs == "sliding")
+            text += [f"**{data}, {model}{context}: {lines[0][2][0]['n']:,} {name}**", "", markdown(lines), ""]
     return "\n".join(text)
 
 
@@ -406,9 +433,10 @@ def plot(path):
         for name, points in sorted(lines.items()):
             _, method, model = name
             x = sorted(points)
-            panel.plot([100 * f for f in x], [statistics.fmean(r[metric] for r in points[f]) for f in x], marker="o", markersize=4,
+            label = ", ".join(n for n, many in zip(name, (data, methods, models)) if len(many) > 1 or n == method)
+            panel.plot([100 * f for f in x], [statistics.fmean(r[metric] for r in points[f]) for f in x],
                        color=f"C{list(methods).index(method)}", linestyle="--" if "dialogpt" in model.lower() else "-",
-                       label=", ".join(n for n, many in zip(name, (data, methods, models)) if len(many) > 1 or n == method))
+                       marker="o", markersize=4, label=label)
         panel.set_title(COLUMNS[metric])
         panel.set_xlabel("training data (%)")
         panel.grid(alpha=0.3)
@@ -421,8 +449,9 @@ def plot(path):
 
 def chat(folder, device, dtype, temperature, top_p):
     """Talk to a run: it reads the last N turns, as it was trained to. End of input or Ctrl-C ends."""
-    config, model, tokenizer, _ = load_run(folder, device, dtype)
-    print(f"{config['method']} on {config['model']}, reading the last {config['turns']} turn(s). Ctrl-D or Ctrl-C ends.")
+    config, model, _ = load_run(folder, device, dtype)
+    tokenizer = open_checkpoint(config)
+    print(f"{config['method']} on {config['model']} reads the last {config['turns']} turn(s). Ctrl-D or Ctrl-C ends.")
     sys.stdin.reconfigure(errors="replace")
     turns = []
     try:
@@ -440,10 +469,10 @@ def chat(folder, device, dtype, temperature, top_p):
         print()
 
 
-def export(folder, target, device, dtype):
-    config, model, _, _ = load_run(folder, device, dtype)
+def export(folder, target):
+    config, model, _ = load_run(folder, "cpu", "float32")
     if config["method"] != "finetune":
-        raise ValueError(f"{folder} is a {config['method']} run: only finetune runs change the GPT itself and can be exported")
+        raise ValueError(f"{folder} is a {config['method']} run: only finetune runs change the GPT itself")
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty, expected a new folder")
     model.gpt.save_pretrained(target)
@@ -455,9 +484,11 @@ def export(folder, target, device, dtype):
 def report(results, examples=()):
     """A run's test table, and some answers."""
     name = f"{results['method']}, {results['model']}"
-    rows = [(f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)", name, [results[part]]) for part in ("test", "test_unseen")]
-    return "\n".join([markdown(rows), *(f"\n   query: {' / '.join(e['query'])}\nexpected: {e['reference']}\nresponse: {e['response']}"
-                                        for e in examples)])
+    rows = [(f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)", name, [results[part]])
+            for part in ("test", "test_unseen")]
+    text = [f"\n    query: {' / '.join(e['query'])}\nreference: {e['reference']}\n response: {e['response']}"
+            for e in examples]
+    return "\n".join([markdown(rows), *text])
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -467,7 +498,7 @@ class UsageError(Exception):
 
 
 def run_command(main):
-    """Run main(); whatever a user can cause ends in one sentence: status 2 for usage, 1 for data, checkpoints and folders."""
+    """Run main(); what a user can cause ends in one sentence: status 2 for usage, 1 for data, checkpoint or folder."""
     try:
         main()
     except (UsageError, ValueError, OSError) as error:
@@ -477,18 +508,19 @@ def run_command(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, nargs="?", help="a run's folder; for --table and --plot, a folder with runs below it")
+    add, shown = parser.add_argument, " (default: %(default)s)"
+    add("path", type=Path, nargs="?", help="a run's folder; for --table and --plot, a folder with runs below it")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--chat", action="store_true", help="talk to the run")
-    modes.add_argument("--export", type=Path, metavar="FOLDER", help="write a finetune run as a Hugging Face checkpoint")
+    modes.add_argument("--export", type=Path, metavar="FOLDER", help="write a finetune run as a checkpoint folder")
     modes.add_argument("--table", action="store_true", help="print all runs below the folder, in Markdown")
-    modes.add_argument("--plot", action="store_true", help="draw all runs below the folder, as figure2.png and figure2.svg there")
-    modes.add_argument("--lookup", action="store_true", help="print the scores of the dictionary that answers seen queries by heart")
-    parser.add_argument("--data", default="sample", help="for --lookup: sample, dailydialog, multiwoz or a folder (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="for --chat: 0 is greedy, 1 samples as the model thinks (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="for --chat: sample from this share of the probability (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: as the run was trained")
+    modes.add_argument("--plot", action="store_true", help="draw all runs below the folder: figure2.png and .svg there")
+    modes.add_argument("--lookup", action="store_true", help="score the dictionary that answers seen queries by heart")
+    add("--data", default="sample", help="for --lookup: sample, dailydialog, multiwoz or a folder" + shown)
+    add("--temperature", type=float, default=0.0, help="for --chat: 0 is greedy, 1 samples as the model thinks" + shown)
+    add("--top-p", type=float, default=1.0, help="for --chat: sample from this share of the probability" + shown)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..." + shown)
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the products; auto: the run's")
     args = parser.parse_args()
     if args.temperature < 0 or not math.isfinite(args.temperature):
         parser.error(f"--temperature {args.temperature}: expected 0 or more")
@@ -498,7 +530,8 @@ def main():
         parser.error("a run's folder is expected (or --lookup)")
     if args.lookup:
         results = lookup_results(args.data)
-        print(markdown([(f"{args.data}, {part.replace('_', ', ')} ({m['n']:,} pairs)", "lookup", [m]) for part, m in results.items()]))
+        print(markdown([(f"{args.data}, {part.replace('_', ', ')} ({m['n']:,} pairs)", "lookup", [m])
+                        for part, m in results.items()]))
     elif args.table:
         print(table(args.path))
     elif args.plot:
@@ -506,10 +539,10 @@ def main():
     elif args.chat:
         chat(args.path, args.device, args.dtype, args.temperature, args.top_p)
     elif args.export:
-        export(args.path, args.export, args.device, args.dtype)
+        export(args.path, args.export)
     else:
-        config, model, tokenizer, best = load_run(args.path, args.device, args.dtype)
-        results = test(model, Task(config, tokenizer), args.path, describe(config, model, best))
+        config, model, best = load_run(args.path, args.device, args.dtype)
+        results = test(model, Task(config, open_checkpoint(config)), args.path, describe(config, model, best))
         print(report(results))
 
 

@@ -2,9 +2,10 @@
 
     python train.py --method dynamic
 
-Each epoch ends with a score on the validation set and two checkpoints in the run's folder: best.pt, what scored best so far, and
-last.pt, all that `--resume` needs. An epoch seeds itself from --seed and its number, so an interrupted run goes on as if it had never
-stopped, and there are no random states to save. With `torchrun`, each process takes its share of every batch.
+Each epoch ends with a score on the validation set and two checkpoints in the run's folder: best.pt, what scored best
+so far, and last.pt, all that `--resume` needs. An epoch seeds itself from --seed and its number, so an interrupted run
+goes on as if it had never stopped, and there are no random states to save. With `torchrun`, each process takes its
+share of every batch.
 """
 import argparse
 import json
@@ -21,12 +22,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import group_by_length, make_batch
-from evaluate import (VERSION, Task, UsageError, build, choose_device, corpus_bleu, describe, load_run, mean_loss, open_checkpoint,
-                      read_json, read_settings, report, respond, run_command, test, write_text)
+from evaluate import (VERSION, Task, UsageError, build, choose_device, corpus_bleu, describe, load_run, mean_loss,
+                      open_checkpoint, read_json, read_settings, report, respond, run_command, test, write_text)
 from model import load_plain, replace
 from prompt_encoder import METHODS
 
-LEARNING_RATES = {"finetune": 5e-4, "soft": 2e-3, "dynamic": 1e-3, "prompt-tuning": 1e-2, "p-tuning": 1e-3, "prefix": 1e-3, "dialogprompt": 1e-3}
+LEARNING_RATES = {"finetune": 5e-4, "soft": 2e-3, "dynamic": 1e-3, "prompt-tuning": 1e-2, "p-tuning": 1e-3,
+                  "prefix": 1e-3, "dialogprompt": 1e-3}
 NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # what may differ when a run is resumed
 
 
@@ -43,32 +45,39 @@ def parse_arguments():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    shown = " (default: %(default)s)"
     add("--method", required=True, choices=list(METHODS), help="the way of prompting")
-    add("--model", default="tiny-gpt2", help="tiny-gpt2, tiny-dialogpt, gpt2[-medium|-large|-xl], dialogpt-small|medium|large, owner/name on the "
-        "Hugging Face Hub, or a folder (default: %(default)s)")
-    add("--data", default="sample", help="sample, dailydialog, multiwoz, or a folder (default: %(default)s)")
-    add("--fraction", type=number(float, 1e-6, 1), default=1.0, help="share of the training dialogues (default: %(default)s)")
-    add("--turns", type=number(int, 1, 100), default=1, help="turns in a query (default: %(default)s)")
-    add("--pairs", choices=("steps", "sliding"), default="steps", help="steps: (1,2), (3,4) ...; sliding: (1,2), (2,3) ... (default: %(default)s)")
-    add("--prompt-length", type=number(int, 1, 10**6), help="k, for methods with a prompt of fixed length (default: " + ", ".join(
-        f"{name} {m.default_length}" for name, m in METHODS.items() if m.default_length) + ")")
-    add("--controller-layers", type=number(int, 1, 1000), default=2, help="depth of dynamic's controller (default: %(default)s)")
-    add("--epochs", type=number(int, 0, 10**6), default=10, help="at most so many; 0 tests the untouched model (default: %(default)s)")
-    add("--patience", type=number(int, 1, 10**6), default=5, help="stop after so many epochs without a better validation BLEU4 (default: %(default)s)")
-    add("--batch-size", type=number(int, 1, 10**6), default=8, help="pairs in a step, over all processes (default: %(default)s)")
-    add("--lr", type=number(float, 0, 10), help="peak learning rate (default: " + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES.items()) + ")")
-    add("--trials", type=number(int, 1, 1000), default=1, help="train so many times, with learning rates drawn from [3e-6, 9e-3], and "
-        "test the best by validation BLEU4 (default: %(default)s)")
-    add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in training, in the GPT and the controller (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products; trained weights stay float32 (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add("--model", default="tiny-gpt2", help="tiny-gpt2, tiny-dialogpt, gpt2[-medium|-large|-xl], "
+        "dialogpt-small|medium|large, owner/name on the Hugging Face Hub, or a folder" + shown)
+    add("--data", default="sample", help="sample, dailydialog, multiwoz, or a folder" + shown)
+    add("--fraction", type=number(float, 1e-6, 1), default=1.0, help="share of the training dialogues" + shown)
+    add("--turns", type=number(int, 1, 100), default=1, help="turns in a query" + shown)
+    add("--pairs", choices=("steps", "sliding"), default="steps",
+        help="steps: (1,2), (3,4) ...; sliding: (1,2), (2,3) ..." + shown)
+    add("--prompt-length", type=number(int, 1, 10**6), help="k, for methods with a prompt of fixed length (default: "
+        + ", ".join(f"{name} {m.default_length}" for name, m in METHODS.items() if m.default_length) + ")")
+    add("--controller-layers", type=number(int, 1, 1000), default=2, help="depth of dynamic's controller" + shown)
+    add("--epochs", type=number(int, 0, 10**6), default=10, help="at most so many; 0 tests the untouched model" + shown)
+    add("--patience", type=number(int, 1, 10**6), default=5,
+        help="stop after so many epochs without a better validation BLEU4" + shown)
+    add("--batch-size", type=number(int, 1, 10**6), default=8, help="pairs in a step, over all processes" + shown)
+    add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
+        + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES.items()) + ")")
+    add("--trials", type=number(int, 1, 1000), default=1, help="train so many times, with learning rates drawn from "
+        "[3e-6, 9e-3], and test the best by validation BLEU4" + shown)
+    add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in training, in GPT and controller" + shown)
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random" + shown)
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the matrix products; trained weights stay float32" + shown)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..." + shown)
     add("--out", type=Path, help="the run's folder (default: runs/DATA-MODEL-METHOD-FRACTION-sSEED)")
     add("--resume", action="store_true", help="go on where the run in the folder stopped")
     add("--overwrite", action="store_true", help="replace the run in the folder")
-    add("--max-query", type=number(int, 1, 10**6), default=128, help="tokens kept of a query, from its end (default: %(default)s)")
-    add("--max-response", type=number(int, 1, 10**6), default=128, help="tokens kept of a response, from its start (default: %(default)s)")
-    add("--train-embeddings", action=argparse.BooleanOptionalAction, help="train the word embeddings (default: finetune, soft and dynamic do)")
+    add("--max-query", type=number(int, 1, 10**6), default=128, help="tokens kept of a query, from its end" + shown)
+    add("--max-response", type=number(int, 1, 10**6), default=128,
+        help="tokens kept of a response, from its start" + shown)
+    add("--train-embeddings", action=argparse.BooleanOptionalAction,
+        help="train the word embeddings (default: finetune, soft and dynamic do)")
     args = parser.parse_args()
     if args.prompt_length and not METHODS[args.method].default_length:
         parser.error(f"--prompt-length {args.prompt_length}: {args.method} has no prompt of fixed length")
@@ -79,13 +88,14 @@ def parse_arguments():
     if args.lr is None and args.trials == 1:
         args.lr = LEARNING_RATES[args.method]
     if args.out is None:
-        data, model = (Path(name).resolve().name if Path(name).is_dir() else name.replace("/", "--") for name in (args.data, args.model))
+        data, model = (Path(name).resolve().name if Path(name).is_dir() else name.replace("/", "--")
+                       for name in (args.data, args.model))
         args.out = Path("runs") / f"{data}-{model}-{args.method}-{args.fraction}-s{args.seed}"
     return args
 
 
 def check_folder(folder, config, resume, overwrite):
-    """Raise unless the run may use its folder: nothing of a run that is already there is touched without being asked."""
+    """Raise unless the run may use its folder: nothing of a run that is already there is touched unasked."""
     if not (folder / "config.json").exists() or overwrite:
         return
     if not resume:
@@ -113,7 +123,7 @@ def save(path, state):
 
 
 def warm_up_and_decay(step, steps):
-    """The learning rate as a share of its peak: up over 100 steps (at most a tenth of all), then down to 0, in straight lines."""
+    """The learning rate as a share of its peak: up over 100 steps (at most a tenth), then down to 0, both linearly."""
     warm_up = max(1, min(100, steps // 10))
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
@@ -123,10 +133,12 @@ class Diverged(ValueError):
 
 
 def fit(config, task, device, dtype, folder, label=""):
-    """Train once, from the start or from last.pt in the folder -> what is known of the best epoch, which best.pt holds."""
+    """Train once, from the start or from last.pt in the folder; best.pt there holds the best epoch -> its scores."""
     torch.manual_seed(config["seed"])
     model = build(config, dtype).to(device)
-    parameters, train = list(model.trained().values()), task.examples["train"]
+    parameters, train, validation = list(model.trained().values()), task.examples["train"], task.examples["validation"]
+    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    say(f"{label}training {trained:,} of {total:,} parameters ({trained / total:.1%})")
     optimizer = torch.optim.AdamW(parameters, lr=config["lr"], weight_decay=0.01, fused=True)
     epoch, log, best = -1, [], None
     if (folder / "last.pt").exists():
@@ -134,6 +146,7 @@ def fit(config, task, device, dtype, folder, label=""):
         model.load_trained(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         epoch, log, best = state["epoch"], state["log"], state["best"]
+        write_log(folder, log)
         say(f"{label}resuming after epoch {epoch}")
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -152,7 +165,7 @@ def fit(config, task, device, dtype, folder, label=""):
                 rate = config["lr"] * warm_up_and_decay(step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                # Every process takes its share of the rows; rows differ in length, so the mean is over the tokens of them all.
+                # Every process takes its share of the rows; these differ in length: the mean is over all their tokens.
                 mine = [train[i] for i in indices[rank::world]]
                 batch = make_batch(mine or [train[indices[0]]], model.encoder.slots).to(device)
                 total = sum(len(train[i][1]) for i in indices)
@@ -170,31 +183,39 @@ def fit(config, task, device, dtype, folder, label=""):
                 optimizer.zero_grad()
                 step += 1
                 loss_sum, response_tokens = loss_sum + loss * total, response_tokens + total
-                tokens += sum(model.encoder.slots(len(train[i][0])) + len(train[i][0]) + len(train[i][1]) for i in indices)
+                for query, response in (train[i] for i in indices):
+                    tokens += model.encoder.slots(len(query)) + len(query) + len(response)
                 seconds = time.perf_counter() - begun
                 step_time, to_come = seconds / (step - steps_per_epoch * (epoch - 1)), config["epochs"] - epoch + 1
-                progress(f"{label}epoch {epoch}/{config['epochs']}  step {step}/{steps}  loss {loss:.3f}  {tokens / seconds:,.0f} tokens/s  "
+                progress(f"{label}epoch {epoch}/{config['epochs']}  step {step}/{steps}  loss {loss:.3f}  "
+                         f"{tokens / seconds:,.0f} tokens/s  "
                          f"{clock(step_time * (steps - step) + log[-1]['eval_seconds'] * to_come)} left")
             train_loss = loss_sum / response_tokens
         begun = time.perf_counter()
-        val_loss = mean_loss(model, task.examples["validation"])
-        answers = respond(model, task.examples["validation"], task.tokenizer)
-        bleu4 = corpus_bleu(answers, [response for _, response in task.pairs["validation"]])
-        log.append({"epoch": epoch, "step": step, "train_loss": train_loss, "val_loss": val_loss, "val_bleu4": bleu4, "lr": rate,
-                    "seconds": seconds, "eval_seconds": time.perf_counter() - begun,
-                    "tokens_per_second": tokens / seconds if seconds else None})
-        say(f"{label}epoch {epoch:3d}  " + (f"train loss {train_loss:.3f}  " if epoch else "untouched         ") +
-            f"val loss {val_loss:.3f}  val BLEU4 {bleu4:.4f}" + (f"  {tokens / seconds:,.0f} tokens/s" if epoch else ""))
+        val_loss = mean_loss(model, validation)
+        bleu4 = corpus_bleu(respond(model, validation, task.tokenizer), [r for _, r in task.pairs["validation"]])
+        speed = tokens / seconds if seconds else None
+        log.append({"epoch": epoch, "step": step, "train_loss": train_loss, "val_loss": val_loss, "val_bleu4": bleu4,
+                    "lr": rate, "seconds": seconds, "eval_seconds": time.perf_counter() - begun,
+                    "tokens_per_second": speed})
+        say(f"{label}epoch {epoch:3d}  " + (f"train loss {train_loss:.3f}  " if epoch else "untouched         ")
+            + f"val loss {val_loss:.3f}  val BLEU4 {bleu4:.4f}" + (f"  {speed:,.0f} tokens/s" if epoch else ""))
         better = best is None or (bleu4, -val_loss) > (best["val_bleu4"], -best["val_loss"])
         if better:
             best = {"epoch": epoch, "val_bleu4": bleu4, "val_loss": val_loss, "lr": config["lr"]}
         if main_process():
             if better:
                 save(folder / "best.pt", {"trained": model.trained(), **best})
-            save(folder / "last.pt", {"trained": model.trained(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log, "best": best})
-            write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+            save(folder / "last.pt", {"trained": model.trained(), "optimizer": optimizer.state_dict(), "epoch": epoch,
+                                      "log": log, "best": best})
+            write_log(folder, log)
         wait()
     return best
+
+
+def write_log(folder, log):
+    if main_process():
+        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
 
 def say(text):
@@ -233,7 +254,8 @@ def search(config, task, device, dtype, folder):
         trials.append(read_json(file, ("trial", "lr")))
     say("\n| Trial | Learning rate | Best epoch | Val loss | Val BLEU4 |\n|---:|---:|---:|---:|---:|")
     for t in trials:
-        say(f"| {t['trial']} | {t['lr']:.2e} | " + ("failed | - | - |" if "failed" in t else f"{t['epoch']} | {t['val_loss']:.3f} | {t['val_bleu4']:.4f} |"))
+        outcome = "failed | - | -" if "failed" in t else f"{t['epoch']} | {t['val_loss']:.3f} | {t['val_bleu4']:.4f}"
+        say(f"| {t['trial']} | {t['lr']:.2e} | {outcome} |")
     good = [t for t in trials if "failed" not in t]
     if not good:
         raise ValueError(f"all {len(trials)} trials failed; {folder} keeps them")
@@ -265,24 +287,21 @@ def main():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    shape, tokenizer = open_checkpoint(config)
-    task = Task(config, tokenizer)
-    say(f"{device.type}, {str(dtype).removeprefix('torch.')} ({why}); " + ", ".join(f"{len(p):,} {s}" for s, p in task.pairs.items()) + " pairs")
+    task = Task(config, open_checkpoint(config))
+    say(f"{device.type}, {str(dtype).removeprefix('torch.')} ({why}); "
+        + ", ".join(f"{len(p):,} {s}" for s, p in task.pairs.items()) + " pairs")
     if main_process():
         enter_folder(args.out, config, args.resume)
     wait()
     try:
-        if args.trials > 1:
-            search(config, task, device, dtype, args.out)
-        else:
-            fit(config, task, device, dtype, args.out)
+        (search if args.trials > 1 else fit)(config, task, device, dtype, args.out)
+        _, model, best = load_run(args.out, str(device), args.dtype)
+        results = test(model, task, args.out, describe(config, model, best))
     except KeyboardInterrupt:
         say(f"\ninterrupted: the same command with --resume goes on from the last finished epoch in {args.out}")
         sys.exit(130)
-    _, model, _, best = load_run(args.out, device, dtype)
-    results = test(model, task, args.out, describe(config, model, best))
     examples = [json.loads(line) for line in open(args.out / "generations.jsonl", encoding="utf-8")]
-    say("\n" + report(results, examples[:: max(1, len(examples) // 5)][:5]) + f"\n\n{args.out}")
+    say(f"\n{report(results, examples[::max(1, len(examples) // 5)][:5])}\n\n{args.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
