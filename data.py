@@ -4,20 +4,18 @@ Text format: one dialogue per line, its turns separated by `__eou__`; one more a
 
     Hi, how are you? __eou__ Fine, thanks. __eou__ Coming along? __eou__ I'd love to.
 
-Files are UTF-8, with or without a byte order mark; lines end in LF or CRLF, and in nothing else. Turns lose the white space
-around them and are otherwise kept verbatim: emoji, NUL, or a `<|endoftext|>` that somebody typed are plain text like any
-other. Blank lines and empty turns are passed over; a dialogue of one turn is kept, though it makes no pair.
+Files are UTF-8, with or without a byte order mark; lines end in LF or CRLF, and in nothing else. Turns lose the white
+space around them and are otherwise kept verbatim: emoji, NUL, or a `<|endoftext|>` that somebody typed are plain text
+like any other. Blank lines and empty turns are passed over; a dialogue of one turn is kept, though it makes no pair.
 """
 import contextlib
 import hashlib
-import io
 import json
 import os
 import random
 import re
 import sys
 import zipfile
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -55,7 +53,7 @@ def locked(path):
     with open(path, "a") as file:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)        # gives up after ten seconds
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -84,9 +82,9 @@ def download(url, path, sha256=None):
         while not path.exists():                        # another process may have fetched it while we waited
             before = part.stat().st_size if part.exists() else 0
             try:
-                expected = fetch(session, url, part) or sha256
-                found = hashlib.sha256(part.read_bytes()).hexdigest() if expected else None
-                if found != expected:
+                announced = fetch(session, url, part)
+                expected = sha256 or announced          # what was published counts more than what this server says
+                if expected and (found := digest(part)) != expected:
                     part.unlink()
                     raise OSError(f"{url} has SHA-256 {found}, expected {expected}: deleted, please try again")
                 os.replace(part, path)
@@ -101,13 +99,22 @@ def download(url, path, sha256=None):
     return path
 
 
+def digest(path):
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256.hexdigest()
+
+
 def fetch(session, url, part):
     """Append what is missing of url to the file `part` -> the SHA-256 that the Hub announces, or None."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code in (401, 403, 404):     # the Hub answers 401 for a repository that does not exist
-            raise FileNotFoundError(f"{url} does not exist or is not public (status {response.status_code}): is the name right?")
+            raise FileNotFoundError(f"{url} does not exist or is not public (status {response.status_code}): "
+                                    f"is the name right?")
         if response.status_code == 416:                 # more than the whole file was there: begin again
             part.unlink()
             raise requests.ConnectionError("the partial file did not fit the server's")
@@ -117,13 +124,13 @@ def fetch(session, url, part):
         total = have + int(response.headers.get("Content-Length", 0))
         with open(part, "ab") as file:
             file.truncate(have)
-            for chunk in response.iter_content(1 << 20):
+            for chunk in response.iter_content(1 << 16):    # a cut loses the block it falls in, so: small ones
                 file.write(chunk)
                 have += len(chunk)
                 if sys.stderr.isatty():
                     print(f"\r{part.stem}: {have / 1e6:,.0f} of {total / 1e6:,.0f} MB ", end="", file=sys.stderr)
         print(f"\r{part.stem}: {have / 1e6:,.1f} MB from {url}", file=sys.stderr)
-        for answer in (*response.history, response):    # for a large file, the answer that redirects to its store has it
+        for answer in (*response.history, response):    # a large file's comes with the redirection to its store
             etag = answer.headers.get("X-Linked-Etag", "").removeprefix("W/").strip('"')
             if re.fullmatch("[0-9a-f]{64}", etag):
                 return etag
@@ -133,7 +140,7 @@ def fetch(session, url, part):
 # --------------------------------------------------------------------------------------------- checkpoints, tokenizer
 
 def checkpoint_folder(name):
-    """A model's name, `owner/name` on the Hub, or a folder -> a local folder in Hugging Face's layout, downloaded if need be.
+    """A model's name, `owner/name` on the Hub, or a folder -> a local folder in Hugging Face's layout, maybe downloaded.
 
     Raises ValueError for an unknown name, OSError where a file cannot be had.
     """
@@ -157,20 +164,20 @@ def checkpoint_folder(name):
 
 
 def load_tokenizer(folder):
-    """A checkpoint's vocab.json and merges.txt -> tiktoken.Encoding. Raises OSError or ValueError if they are missing or broken."""
+    """A checkpoint's vocab.json and merges.txt -> tiktoken.Encoding. Raises OSError or ValueError for missing or bad ones."""
     vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
     for file in (vocab, merges):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: a checkpoint needs vocab.json and merges.txt for its tokenizer")
+            raise FileNotFoundError(f"{file} is missing: the tokenizer is made of vocab.json and merges.txt")
     try:
-        with mock.patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": ""}):   # it caches by path, and would hand out a stale file
+        with mock.patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": ""}):   # its cache goes by path: it could be stale
             ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(vocab))
         eot = json.loads(vocab.read_text(encoding="utf-8"))["<|endoftext|>"]
         # GPT-2's split into words, with possessive quantifiers, as tiktoken itself spells it
         pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-        return tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot},
-                                 explicit_n_vocab=len(ranks) + 1)
-    except (AssertionError, KeyError, ValueError, AttributeError, TypeError) as error:
+        return tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": eot}, explicit_n_vocab=len(ranks) + 1)
+    except (AssertionError, KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{vocab} and {merges} do not make a GPT-2 tokenizer ending in <|endoftext|>: "
                          f"{str(error) or 'the vocabulary is not the 256 bytes and the merges in order'}") from None
 
@@ -186,8 +193,8 @@ def read_dialogues(name):
     splits = {"train": "train", "validation": "validation", "test": "test"}
     if name == "dailydialog":
         folder = cache_folder() / "dailydialog"
-        files = [download(hub(f"datasets/roskoN/dailydialog/resolve/main/{s}.zip"), folder / f"{s}.zip", DAILYDIALOG_SHA256.get(s))
-                 for s in splits]
+        files = [download(hub(f"datasets/roskoN/dailydialog/resolve/main/{s}.zip"), folder / f"{s}.zip",
+                          DAILYDIALOG_SHA256.get(s)) for s in splits]
         return {s: parse_text(read_zip(file, f"{s}/dialogues_{s}.txt"), file) for s, file in zip(splits, files)}
     folder = TINY / "dialogues" if name == "sample" else Path(name)
     if name == "multiwoz":
@@ -196,9 +203,10 @@ def read_dialogues(name):
             for file in (f"{s}/dialogues_{i:03}.json" for i in range(1, n + 1)):
                 download(f"{MULTIWOZ}/{file}", folder / file)
     if not folder.is_dir():
-        raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, or a folder with dialogues")
+        raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, or a folder")
     if sorted(folder.glob("train/dialogues_*.json")):
-        return {s: parse_multiwoz(sorted(folder.glob(f"{'dev' if s == 'validation' else s}/dialogues_*.json")), folder, s) for s in splits}
+        return {s: parse_multiwoz(sorted((folder / part).glob("dialogues_*.json")), folder / part)
+                for s, part in zip(splits, MULTIWOZ_FILES)}
     layout = "{0}/dialogues_{0}.txt" if (folder / "train").is_dir() else "{0}.txt"
     return {s: parse_text((folder / layout.format(s)).read_bytes(), folder / layout.format(s)) for s in splits}
 
@@ -208,7 +216,7 @@ def read_zip(path, member):
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(member)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except Exception as error:                          # zipfile raises a dozen kinds for damaged files
         raise ValueError(f"{path} is broken or lacks {member}: {error}; delete it to fetch it again") from None
 
 
@@ -225,19 +233,20 @@ def parse_text(data, path):
     return with_pairs(dialogues, path)
 
 
-def parse_multiwoz(paths, folder, split):
+def parse_multiwoz(paths, folder):
     """Files in MultiWOZ 2.2's schema -> dialogues that begin with the user and alternate with the system."""
     dialogues = []
     for path in paths:
         try:
             contents = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:   # the latter: brackets nested by the thousand
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(contents, list):
             raise ValueError(f"{path} holds {type(contents).__name__}, expected MultiWOZ 2.2's list of dialogues")
         for number, dialogue in enumerate(contents, 1):
             try:
                 speech = [(turn["speaker"], turn["utterance"].strip()) for turn in dialogue["turns"]]
+                "".join(text for _, text in speech).encode()        # half an emoji could never be written again
                 if not {speaker for speaker, _ in speech} <= {"USER", "SYSTEM"}:
                     raise ValueError("a speaker is neither USER nor SYSTEM")
             except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -252,7 +261,7 @@ def parse_multiwoz(paths, folder, split):
                 elif text and turns:                    # the same speaker goes on
                     turns[-1] += " " + text
             dialogues.append(turns)
-    return with_pairs(dialogues, folder / f"{split} files")
+    return with_pairs(dialogues, folder)
 
 
 def with_pairs(dialogues, path):
@@ -282,9 +291,10 @@ def make_pairs(dialogues, turns=1, sliding=False):
 # ----------------------------------------------------------------------------------------------------------- batches
 
 def encode_pairs(pairs, tokenizer, max_query, max_response):
-    """Pairs -> [(query ids, response ids), ...]; every turn ends with <eot>. A long query keeps its end, a long response its start.
+    """Pairs -> [(query ids, response ids), ...]; every turn ends with <eot>.
 
-    A turn that exceeds its limit many times over is cut before it is tokenized (no token of GPT-2's is longer than 128 bytes).
+    A query over max_query tokens keeps its end, a response over max_response its start; a turn many times as long is cut
+    before it is tokenized (no token of GPT-2's has more than 128 bytes).
     """
     eot = tokenizer.eot_token
 
@@ -297,7 +307,7 @@ def encode_pairs(pairs, tokenizer, max_query, max_response):
 
 @dataclass
 class Batch:
-    """Rows of [prompt slots][query][response], contiguous and padded on the right, so that causal attention needs no mask.
+    """Rows of [prompt slots][query][response], contiguous and padded on the right: causal attention needs no mask.
 
     With 2 slots, query 5 6 and response 7 8 in one row, and 1, 9 and 4 in the other:
 
@@ -332,7 +342,7 @@ def make_batch(examples, slots, responses=True):
 
 
 def group_by_length(examples, batch_size, seed=None):
-    """Indices of examples in batches of similar length, so that little is padding: longest first, or shuffled by a seed."""
+    """Indices of examples in batches of similar length, so that little is padding: longest first, or shuffled by seed."""
     order = list(range(len(examples)))
     shuffle = random.Random(seed)
     if seed is not None:

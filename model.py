@@ -189,13 +189,13 @@ class GPT(nn.Module):
             positions = past.positions(x.size(1))                                           # (T,) or (B, T)
             everyone = torch.arange(int(positions.max()) + 1, device=x.device)              # (S,)
             mask = (everyone <= positions[..., None])[..., None, :, :]                      # (1, T, S) or (B, 1, T, S)
-        x = self.drop(x.float() + self.wpe(positions))          # the branches add up in float32, whatever the weights are held in
+        x = self.drop(x.float() + self.wpe(positions))      # branches add up in float32, whatever the weights are held in
         for layer, block in enumerate(self.h):
             x = block(x, mask, past and (lambda k, v: past.extend(layer, k, v)))
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) -> logits (..., V). Ask for few positions: V is large, and this is the widest layer."""
+        """Hidden states (..., C) -> logits (..., V). Ask for few positions: V is large, this is the widest layer."""
         return F.linear(hidden, self.wte.weight)
 
     # ------------------------------------------------------------------------------------------------ generating text
@@ -257,7 +257,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """Load config.json and model.safetensors (or pytorch_model.bin) in Hugging Face's layout -> GPT, float32, eval mode.
+        """Load config.json and model.safetensors (or pytorch_model.bin), Hugging Face's layout -> GPT, float32, eval mode.
 
         Raises OSError for a missing file, ValueError for a file that is broken or holds something else than a GPT-2.
         """
@@ -270,7 +270,7 @@ class GPT(nn.Module):
         source, tied = weights_file(folder), None
         for name, tensor in read_safetensors(source) if source.suffix == ".safetensors" else read_pickle(source):
             name = name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")):          # the causal triangle, stored by old versions
+            if name.endswith((".attn.bias", ".attn.masked_bias")):      # the causal triangle, stored by old versions
                 continue
             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise ValueError(f"{source}: {name} is {tensor.dtype}, expected float32, float16 or bfloat16")
@@ -304,7 +304,8 @@ class GPT(nn.Module):
                   "layer_norm_epsilon": c.layer_norm_epsilon, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
                   "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1}      # <|endoftext|> comes last
         write_safetensors(folder / "model.safetensors", {
-            f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype) for name, t in self.state_dict().items()})
+            f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype)
+            for name, t in self.state_dict().items()})
         replace(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
 
 
@@ -331,12 +332,15 @@ def read_config(path):
     """Hugging Face's config.json -> GPTConfig. Raises ValueError for anything but a plain GPT-2 of a sane size."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: expected a checkpoint folder in Hugging Face's layout") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, expected an object")
-    plain = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
-             "add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+    plain = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
+             "scale_attn_weights": True, "add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False,
+             "reorder_and_upcast_attn": False}
     for key, value in plain.items():        # loaded silently, the logits of such a model would be wrong
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
@@ -348,7 +352,8 @@ def read_config(path):
             raise ValueError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {limit}")
         return value
 
-    config = GPTConfig(vocab_size=number("vocab_size", limit=10**7), n_positions=number("n_positions", "n_ctx", limit=10**6),
+    config = GPTConfig(vocab_size=number("vocab_size", limit=10**7),
+                       n_positions=number("n_positions", "n_ctx", limit=10**6),
                        n_embd=number("n_embd", limit=10**5), n_layer=number("n_layer", limit=1000),
                        n_head=number("n_head", limit=10**4),
                        n_inner=None if raw.get("n_inner") is None else number("n_inner", limit=10**6),
@@ -356,7 +361,7 @@ def read_config(path):
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd {config.n_embd} does not divide into n_head {config.n_head} heads")
     if type(config.layer_norm_epsilon) not in (int, float) or not 0 < config.layer_norm_epsilon < 1:
-        raise ValueError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon!r}, expected a number between 0 and 1")
+        raise ValueError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon!r}, expected one between 0 and 1")
     return config
 
 
@@ -368,10 +373,10 @@ def weights_file(folder):
 
 
 def load_plain(path):
-    """torch.load for tensors, numbers and text alone: a pickle from a stranger could otherwise run code. Raises ValueError."""
+    """torch.load for tensors, numbers and text alone: any other pickle could run a stranger's code. Raises ValueError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is broken or holds more than plain tensors, so it was not loaded: "
                          f"{str(error).strip().splitlines()[:1]}") from None
 
@@ -392,7 +397,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path):
-    """Tensors of a safetensors file, as (name, tensor), one at a time. Everything is checked before anything is allocated.
+    """Tensors of a safetensors file, as (name, tensor), one at a time; all is checked before anything is allocated.
 
     Raises ValueError where the file breaks the format: the header must be sound and the tensors must tile the data.
     """
@@ -404,7 +409,7 @@ def read_safetensors(path):
         size = os.fstat(file.fileno()).st_size
         check(size >= 8, f"it holds {size} bytes, expected at least 8")
         n = int.from_bytes(file.read(8), "little")
-        check(n <= min(size - 8, 100_000_000), f"its header claims {n} bytes, but the file holds {size} (and the cap is 100 MB)")
+        check(n <= min(size - 8, 100_000_000), f"its header claims {n} bytes of the file's {size} (at most 100 MB)")
         try:
             header = json.loads(file.read(n).decode("utf-8"), object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
@@ -416,7 +421,8 @@ def read_safetensors(path):
             check(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
                   f"the entry of {name!r} should be dtype, shape and data_offsets")
             dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-            check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+            check(isinstance(dtype, str) and dtype in DTYPES,
+                  f"{name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
             for numbers in (shape, offsets):
                 check(isinstance(numbers, list) and all(type(i) is int and 0 <= i < 2**63 for i in numbers),
                       f"{name!r} has {numbers!r} where whole numbers are expected")
@@ -463,7 +469,7 @@ def write_safetensors(path, tensors):
 
 
 def replace(path, write):
-    """Let write(file) fill a temporary file, then rename it: whoever looks finds the old file or the new one, never half of one."""
+    """Let write(file) fill a temporary file, then rename it: whoever looks finds the old file or the new, never half."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         with open(temporary, "wb") as file:

@@ -1,10 +1,10 @@
 """Seven ways to prompt a GPT, from the simplest to the richest, and `PromptedGPT`, which joins one of them to a GPT.
 
 A prompt reaches the GPT through one of two doors: as vectors, which take the slots before the query's embeddings, or as
-key/value pairs, which every layer reads before the row. An encoder says how many slots it needs (`slots`) and fills
-one of the doors (`vectors` or `pairs`). The story: a table of vectors (PromptTuning), one as long as the query (SoftPrompt), the
-same table seen through an LSTM (PTuning) or turned into pairs (Prefix); then the prompts that depend on
-what was just said (DynamicPrompt, DialogPrompt).
+key/value pairs, which every layer reads before the row. An encoder says how many slots it needs (`slots`) and fills one
+of the doors (`vectors` or `pairs`). The story: a table of vectors (PromptTuning), one as long as the query (SoftPrompt),
+the same table seen through an LSTM (PTuning) or turned into pairs (Prefix); then the prompts that depend on what was
+just said (DynamicPrompt, DialogPrompt).
 
 Shape letters as in model.py; m is the number of tokens in a query, M the largest m of a batch, k a fixed prompt length.
 """
@@ -16,7 +16,7 @@ from model import Block, Past, attend, init_weights
 
 
 class FineTuning(nn.Module):
-    """No prompt at all: the whole GPT is trained (Valvoda et al. 2022, section 3). The other methods change one thing at a time."""
+    """No prompt at all: the whole GPT is trained (Valvoda et al. 2022, section 3). Each other method changes one thing."""
 
     trains_gpt, trains_embeddings = True, True      # the GPT's blocks; its word embedding wte, tied to the output layer
     default_length = None                           # k, for methods that have one
@@ -34,7 +34,7 @@ class FineTuning(nn.Module):
         return None
 
     def pairs(self, gpt, query, lengths):
-        """The GPT, query embeddings (B, M, C) and their lengths (B,) -> key/value pairs (L, 2, B or 1, H, k, D), or None."""
+        """The GPT, query embeddings (B, M, C), their lengths (B,) -> key/value pairs (L, 2, B or 1, H, k, D), or None."""
         return None
 
 
@@ -56,7 +56,7 @@ class PromptTuning(FineTuning):
 
 
 class SoftPrompt(PromptTuning):
-    """Unlike prompt tuning, the prompt is as long as the query, and wte is trained too (Valvoda et al. 2022, equation 2)."""
+    """Unlike prompt tuning, the prompt is as long as the query, and wte is trained (Valvoda et al. 2022, equation 2)."""
 
     trains_embeddings = True
     default_length = None
@@ -83,8 +83,8 @@ class PTuning(PromptTuning):
 
 
 class Prefix(PromptTuning):
-    """Unlike prompt tuning, the prompt enters every layer, as keys and values. A table and an MLP make them, which trains more
-    stably than free pairs (Li & Liang 2021, sections 4.2 and 4.3)."""
+    """Unlike prompt tuning, the prompt enters every layer, as keys and values. A table and an MLP make them, which trains
+    more stably than free pairs (Li & Liang 2021, sections 4.2 and 4.3)."""
 
     default_length = 10
 
@@ -106,7 +106,8 @@ class Prefix(PromptTuning):
 
 
 class DynamicPrompt(FineTuning):
-    """A prompt of its own for every query: the controller, a causal Transformer, reads the query and writes one vector per token,
+    """A prompt of its own for every query: the controller, a causal Transformer, reads the query and writes one vector
+    per token,
 
         h1, ..., hm = Transformer(x1, ..., xm)              (Valvoda et al. 2022, equation 3 and figure 1)
 
@@ -169,9 +170,9 @@ class DialogBlock(Block):
 class DialogPrompt(FineTuning):
     """Unlike Prefix, the pairs depend on the context; unlike DynamicPrompt, they enter every layer (Gu et al. 2021).
 
-    k learned tokens run through a causal Transformer as deep as the GPT, whose blocks read the GPT's last hidden states of the
-    context. The keys and values of its self-attention, layer by layer, become the GPT's past. So its last block
-    is nothing but keys and values: what would follow could get no gradient.
+    k learned tokens run through a causal Transformer as deep as the GPT, whose blocks read the GPT's last hidden states
+    of the context. The keys and values of its self-attention, layer by layer, become the GPT's past. So its last block is
+    nothing but keys and values: what would follow could get no gradient.
     """
 
     trains_gpt, trains_embeddings = False, False
@@ -216,16 +217,18 @@ METHODS = {"finetune": FineTuning, "soft": SoftPrompt, "dynamic": DynamicPrompt,
 class PromptedGPT(nn.Module):
     """A GPT and one way of prompting it.
 
-    method: a name in METHODS. prompt_length: k, for methods that have one (None: the method's default). max_query: the longest
-    query in tokens. train_embeddings: whether wte is trained (None: as the method says). dtype: what the products
-    are computed in; trained weights stay float32, frozen matrices are held in dtype once instead of being cast in every step.
+    method: a name in METHODS. prompt_length: k, for methods that have one (None: the method's default). max_query: the
+    longest query in tokens. train_embeddings: whether wte is trained (None: as the method says). dtype: what the products
+    are computed in; trained weights stay float32, frozen matrices are held in dtype once instead of cast in every step.
     """
 
-    def __init__(self, gpt, method, prompt_length=None, controller_layers=2, max_query=128, train_embeddings=None, dtype=torch.float32):
+    def __init__(self, gpt, method, prompt_length=None, controller_layers=2, max_query=128, train_embeddings=None,
+                 dtype=torch.float32):
         super().__init__()
         encoder = METHODS[method]
         self.gpt, self.dtype = gpt, dtype
-        self.encoder = encoder(gpt, encoder.default_length and (prompt_length or encoder.default_length) or max_query, controller_layers)
+        length = (prompt_length or encoder.default_length) if encoder.default_length else max_query
+        self.encoder = encoder(gpt, length, controller_layers)
         gpt.requires_grad_(encoder.trains_gpt)
         gpt.wte.requires_grad_(encoder.trains_embeddings if train_embeddings is None else train_embeddings)
         for p in gpt.parameters():
@@ -240,8 +243,8 @@ class PromptedGPT(nn.Module):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def read(self, batch):
-        """Batch -> input embeddings (B, T, C) with the prompt's vectors in their slots, and the prompt's pairs or None."""
-        x = self.gpt.wte(batch.ids)                                                 # the only look-up: (B, T) -> (B, T, C)
+        """Batch -> input embeddings (B, T, C), the prompt's vectors in their slots, and the prompt's pairs or None."""
+        x = self.gpt.wte(batch.ids)                                                 # the only look-up: -> (B, T, C)
         T, M = x.size(1), int(batch.query.max())
         columns = batch.prompt[:, None] + torch.arange(M, device=x.device)          # where the queries stand: (B, M)
         query = x.gather(1, columns.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2)))      # (B, M, C)
@@ -273,7 +276,8 @@ class PromptedGPT(nn.Module):
     def load_trained(self, tensors):
         """Put back what `trained` gave. Raises ValueError if names or shapes differ."""
         mine = self.trained()
-        wrong = sorted(mine.keys() ^ tensors.keys()) or [n for n, p in mine.items() if getattr(tensors[n], "shape", None) != p.shape]
+        wrong = sorted(mine.keys() ^ tensors.keys()) or [
+            name for name, p in mine.items() if getattr(tensors[name], "shape", None) != p.shape]
         if wrong:
             raise ValueError(f"the checkpoint is of another model: {', '.join(wrong[:5])} differ")
         with torch.no_grad():
