@@ -27,8 +27,8 @@ from evaluate import (VERSION, Task, UsageError, build, choose_device, corpus_bl
 from model import load_plain, replace
 from prompt_encoder import METHODS
 
-LEARNING_RATES = {"finetune": 5e-4, "soft": 2e-3, "dynamic": 1e-3, "prompt-tuning": 1e-2, "p-tuning": 1e-3,
-                  "prefix": 1e-3, "dialogprompt": 1e-3}
+LEARNING_RATES = {"finetune": 5e-4, "soft": 2e-3, "dynamic": 2e-3, "prompt-tuning": 3e-2, "p-tuning": 2e-3,
+                  "prefix": 3e-3, "dialogprompt": 1e-3}
 NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # what may differ when a run is resumed
 
 
@@ -57,10 +57,10 @@ def parse_arguments():
     add("--prompt-length", type=number(int, 1, 10**6), help="k, for methods with a prompt of fixed length (default: "
         + ", ".join(f"{name} {m.default_length}" for name, m in METHODS.items() if m.default_length) + ")")
     add("--controller-layers", type=number(int, 1, 1000), default=2, help="depth of dynamic's controller" + shown)
-    add("--epochs", type=number(int, 0, 10**6), default=10, help="at most so many; 0 tests the untouched model" + shown)
+    add("--epochs", type=number(int, 0, 10**6), default=8, help="at most so many; 0 tests the untouched model" + shown)
     add("--patience", type=number(int, 1, 10**6), default=5,
         help="stop after so many epochs without a better validation BLEU4" + shown)
-    add("--batch-size", type=number(int, 1, 10**6), default=8, help="pairs in a step, over all processes" + shown)
+    add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes" + shown)
     add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
         + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES.items()) + ")")
     add("--trials", type=number(int, 1, 1000), default=1, help="train so many times, with learning rates drawn from "
