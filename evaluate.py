@@ -289,7 +289,7 @@ def respond(model, examples, tokenizer, batch_size=64):
 
 
 def test(model, task, folder, results):
-    """Score model on the test split; write generations.jsonl and results.json into a run's folder -> the results."""
+    """Score model on the test split -> the results; with a folder, write them and generations.jsonl there."""
     pairs, examples = task.pairs["test"], task.examples["test"]
     training = [response for _, response in task.pairs["train"]]
     outputs = respond(model, examples, task.tokenizer)
@@ -299,7 +299,7 @@ def test(model, task, folder, results):
         results[name] = all_metrics([outputs[i] for i in chosen], [pairs[i][1] for i in chosen], training, loss)
     lines = [json.dumps({"query": query, "reference": reference, "response": output, "seen": seen}, ensure_ascii=False)
              for (query, reference), output, seen in zip(pairs, outputs, task.seen)]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if folder and (not dist.is_initialized() or dist.get_rank() == 0):
         write_text(folder / "generations.jsonl", "\n".join(lines) + "\n")
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
@@ -330,6 +330,14 @@ def read_settings(folder):
     return config
 
 
+def load_checkpoint(path, needed):
+    """best.pt or last.pt of a run."""
+    state = load_plain(path)
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    return state
+
+
 def load_run(folder, device="auto", dtype="auto"):
     """A run's folder -> (settings, model with its best weights, what best.pt says of itself)."""
     config = read_settings(folder)
@@ -337,9 +345,7 @@ def load_run(folder, device="auto", dtype="auto"):
     model = build(config, dtype)
     if not (folder / "best.pt").exists():
         raise FileNotFoundError(f"{folder / 'best.pt'} is missing: has the run's first epoch ended?")
-    best = load_plain(folder / "best.pt")
-    if not isinstance(best, dict) or not {"trained", "epoch", "val_bleu4", "lr"} <= best.keys():
-        raise ValueError(f"{folder / 'best.pt'} is not a checkpoint of this project")
+    best = load_checkpoint(folder / "best.pt", {"trained", "epoch", "val_bleu4", "lr"})
     model.load_trained(best["trained"])
     return config, model.to(device).eval(), best
 
@@ -499,11 +505,14 @@ class UsageError(Exception):
 
 def run_command(main):
     """Run main(); what a user can cause ends in one sentence: status 2 for usage, 1 for data, checkpoint or folder."""
+    sys.stdout.reconfigure(errors="replace")            # a log file on Windows cannot hold every character
     try:
         main()
     except (UsageError, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main():
@@ -542,8 +551,10 @@ def main():
         export(args.path, args.export)
     else:
         config, model, best = load_run(args.path, args.device, args.dtype)
-        results = test(model, Task(config, open_checkpoint(config)), args.path, describe(config, model, best))
-        print(report(results))
+        finished = (args.path / "results.json").exists()        # a run that can be resumed must not come to look finished
+        results = test(model, Task(config, open_checkpoint(config)), args.path if finished else None,
+                       describe(config, model, best))
+        print(report(results) + "\n\nThe run is unfinished: nothing was written." * (not finished))
 
 
 if __name__ == "__main__":

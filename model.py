@@ -36,10 +36,12 @@ class GPTConfig:
 
 def attend(q, k, v, mask, dropout):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D). mask None: the causal triangle."""
-    if q.device.type == "cpu":                          # there the bfloat16 kernel's backward pass is four times slower
+    dtype = q.dtype
+    if q.device.type == "cpu" and torch.is_grad_enabled():      # bfloat16's backward pass is four times slower there
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+    return y.to(dtype)
 
 
 class Attention(nn.Module):
@@ -189,7 +191,7 @@ class GPT(nn.Module):
             positions = past.positions(x.size(1))                                           # (T,) or (B, T)
             everyone = torch.arange(int(positions.max()) + 1, device=x.device)              # (S,)
             mask = (everyone <= positions[..., None])[..., None, :, :]                      # (1, T, S) or (B, 1, T, S)
-        x = self.drop(x.float() + self.wpe(positions))      # branches add up in float32, whatever the weights are held in
+        x = self.drop(x.to(self.ln_f.weight.dtype) + self.wpe(positions))       # branches add up in float32, as norms are
         for layer, block in enumerate(self.h):
             x = block(x, mask, past and (lambda k, v: past.extend(layer, k, v)))
         return self.ln_f(x)
@@ -479,12 +481,14 @@ def write_safetensors(path, tensors):
 
 def replace(path, write):
     """Let write(file) fill a temporary file, then rename it: whoever looks finds the old file or the new, never half."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp")                     # if a kill leaves it behind, the next save takes it away
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of a full disk
+        raise OSError(f"cannot write {path}: {error.__context__ or error}") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import group_by_length, make_batch
-from evaluate import (VERSION, Task, UsageError, build, choose_device, corpus_bleu, describe, load_run, mean_loss,
-                      open_checkpoint, read_json, read_settings, report, respond, run_command, test, write_text)
+from evaluate import (VERSION, Task, UsageError, build, choose_device, corpus_bleu, describe, load_checkpoint, load_run,
+                      mean_loss, open_checkpoint, read_json, read_settings, report, respond, run_command, test,
+                      write_text)
 from model import load_plain, replace
 from prompt_encoder import METHODS
 
-LEARNING_RATES = {"finetune": 5e-4, "soft": 2e-3, "dynamic": 2e-3, "prompt-tuning": 3e-2, "p-tuning": 2e-3,
+LEARNING_RATES = {"finetune": 1e-3, "soft": 2e-3, "dynamic": 3e-3, "prompt-tuning": 3e-2, "p-tuning": 2e-3,
                   "prefix": 3e-3, "dialogprompt": 1e-3}
 NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # what may differ when a run is resumed
 
@@ -58,7 +59,7 @@ def parse_arguments():
         + ", ".join(f"{name} {m.default_length}" for name, m in METHODS.items() if m.default_length) + ")")
     add("--controller-layers", type=number(int, 1, 1000), default=2, help="depth of dynamic's controller" + shown)
     add("--epochs", type=number(int, 0, 10**6), default=8, help="at most so many; 0 tests the untouched model" + shown)
-    add("--patience", type=number(int, 1, 10**6), default=5,
+    add("--patience", type=number(int, 1, 10**6), default=8,
         help="stop after so many epochs without a better validation BLEU4" + shown)
     add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes" + shown)
     add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
@@ -112,7 +113,7 @@ def enter_folder(folder, config, resume):
     if (folder / "config.json").exists() and not resume:
         for trial in folder.glob("trial-*"):
             shutil.rmtree(trial)
-        for file in ("config.json", "results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt"):
+        for file in ("results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt", "config.json"):
             (folder / file).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -132,6 +133,12 @@ class Diverged(ValueError):
     """The loss became NaN or infinite."""
 
 
+def check_loss(loss, step, rate, folder):
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss became {loss} at step {step} with a learning rate of {rate or 0:.2g}; "
+                       f"{folder} keeps the last good checkpoint")
+
+
 def fit(config, task, device, dtype, folder, label=""):
     """Train once, from the start or from last.pt in the folder; best.pt there holds the best epoch -> its scores."""
     torch.manual_seed(config["seed"])
@@ -142,7 +149,7 @@ def fit(config, task, device, dtype, folder, label=""):
     optimizer = torch.optim.AdamW(parameters, lr=config["lr"], weight_decay=0.01, fused=True)
     epoch, log, best = -1, [], None
     if (folder / "last.pt").exists():
-        state = load_plain(folder / "last.pt")
+        state = load_checkpoint(folder / "last.pt", {"trained", "optimizer", "epoch", "log", "best"})
         model.load_trained(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         epoch, log, best = state["epoch"], state["log"], state["best"]
@@ -175,9 +182,7 @@ def fit(config, task, device, dtype, folder, label=""):
                 if world > 1:
                     dist.all_reduce(loss)
                 loss = loss.item()
-                if not math.isfinite(loss):
-                    raise Diverged(f"the loss became {loss} at step {step + 1} with a learning rate of {rate:.2g}; "
-                                   f"{folder} keeps the last good checkpoint")
+                check_loss(loss, step + 1, rate, folder)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -193,6 +198,7 @@ def fit(config, task, device, dtype, folder, label=""):
             train_loss = loss_sum / response_tokens
         begun = time.perf_counter()
         val_loss = mean_loss(model, validation)
+        check_loss(val_loss, step, rate, folder)
         bleu4 = corpus_bleu(respond(model, validation, task.tokenizer), [r for _, r in task.pairs["validation"]])
         speed = tokens / seconds if seconds else None
         log.append({"epoch": epoch, "step": step, "train_loss": train_loss, "val_loss": val_loss, "val_bleu4": bleu4,
@@ -297,6 +303,7 @@ def main():
         (search if args.trials > 1 else fit)(config, task, device, dtype, args.out)
         _, model, best = load_run(args.out, str(device), args.dtype)
         results = test(model, task, args.out, describe(config, model, best))
+        wait()                                                  # for the main process to write it
     except KeyboardInterrupt:
         say(f"\ninterrupted: the same command with --resume goes on from the last finished epoch in {args.out}")
         sys.exit(130)

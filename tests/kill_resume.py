@@ -5,6 +5,7 @@
 """
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,9 @@ def main():
     flags = [*write_small(folder), "--epochs", EPOCHS]
     same = [check(method, ["--method", *(("soft", "--trials", 2) if method == "trials" else (method,)), *flags], args.kills, folder / method)
             for method in args.methods]
-    sys.exit(0 if all(same) else f"the runs are kept in {folder}")
+    if not all(same):
+        sys.exit(f"the runs are kept in {folder}")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
