@@ -105,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prose", nargs="+", required=True, help="text files, one paragraph per line")
     parser.add_argument("--dialogues", nargs="+", required=True, help="text files, one conversation per line, turns separated by __eou__")
-    parser.add_argument("--tokens", type=int, default=24_000_000, help="training tokens for each of the two models")
+    parser.add_argument("--tokens", type=int, default=20_500_000, help="training tokens for each of the two models")
     parser.add_argument("--out", type=Path, default=HERE, help="where tiny-gpt2/ and tiny-dialogpt/ are written")
     args = parser.parse_args()
     folders = [args.out / "tiny-gpt2", args.out / "tiny-dialogpt"]
