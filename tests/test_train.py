@@ -121,7 +121,7 @@ def on_call(target, number, action):
 
 def interrupt():
     """Ctrl-C."""
-    os.kill(os.getpid(), signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 def killed(target, number, *arguments):
