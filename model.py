@@ -222,7 +222,7 @@ class GPT(nn.Module):
     def answer(self, x, lengths, pairs, max_new_tokens, eot, temperature=0.0, top_p=1.0):
         """Like `generate`, from input embeddings x (B, T, C), of which each row's first lengths[b] are real, and
         key/value pairs (L, 2, B or 1, H, P, D) that stand before them, or None."""
-        (B, T, C), (H, L) = x.shape, (self.config.n_head, self.config.n_layer)
+        (B, _, C), H, L = x.shape, self.config.n_head, self.config.n_layer
         if B == 0:
             return []
         if pairs is None:
