@@ -265,13 +265,13 @@ def share(items):
     return items[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else items
 
 
-@torch.no_grad()
 def mean_loss(model, examples, batch_size=32):
     """Mean cross-entropy per response token; None without examples."""
     model.eval()
     mine, losses = share(examples), []
-    for indices in group_by_length(mine, batch_size):
-        losses.append(model(make_batch([mine[i] for i in indices], model.encoder.slots).to(model.device)))
+    with torch.no_grad(), model.autocast():             # around all batches: trained weights are cast once
+        for indices in group_by_length(mine, batch_size):
+            losses.append(model(make_batch([mine[i] for i in indices], model.encoder.slots).to(model.device)))
     total = sum(gather([torch.stack(losses).double().sum().item() if losses else 0.0]))
     return total / sum(len(response) for _, response in examples) if examples else None
 
@@ -281,10 +281,11 @@ def respond(model, examples, tokenizer, batch_size=64):
     model.eval()
     mine = share(examples)
     answers = [None] * len(mine)
-    for indices in group_by_length([(query, []) for query, _ in mine], batch_size):
-        batch = make_batch([mine[i] for i in indices], model.encoder.slots, responses=False).to(model.device)
-        for i, ids in zip(indices, model.answer(batch, MAX_NEW_TOKENS, tokenizer.eot_token)):
-            answers[i] = tokenizer.decode(ids).strip()
+    with model.autocast():
+        for indices in group_by_length([(query, []) for query, _ in mine], batch_size):
+            batch = make_batch([mine[i] for i in indices], model.encoder.slots, responses=False).to(model.device)
+            for i, ids in zip(indices, model.answer(batch, MAX_NEW_TOKENS, tokenizer.eot_token)):
+                answers[i] = tokenizer.decode(ids).strip()
     return gather(answers)
 
 

@@ -470,7 +470,6 @@ def write_safetensors(path, tensors):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                                         # data starts aligned
 
-
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
