@@ -53,7 +53,10 @@ def locked(path):
     with open(path, "a") as file:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)        # gives up after ten seconds
+            while True:
+                with contextlib.suppress(OSError):      # it gives up after ten seconds
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    break
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -83,7 +86,7 @@ def download(url, path, sha256=None):
             before = part.stat().st_size if part.exists() else 0
             try:
                 announced = fetch(session, url, part)
-                expected = sha256 or announced          # what was published counts more than what this server says
+                expected = sha256 or announced          # a sum that was published outranks the server's
                 if expected and (found := digest(part)) != expected:
                     part.unlink()
                     raise OSError(f"{url} has SHA-256 {found}, expected {expected}: deleted, please try again")
@@ -115,7 +118,7 @@ def fetch(session, url, part):
         if response.status_code in (401, 403, 404):     # the Hub answers 401 for a repository that does not exist
             raise FileNotFoundError(f"{url} does not exist or is not public (status {response.status_code}): "
                                     f"is the name right?")
-        if response.status_code == 416:                 # more than the whole file was there: begin again
+        if response.status_code == 416:                 # the whole file was there already, or more: begin again
             part.unlink()
             raise requests.ConnectionError("the partial file did not fit the server's")
         response.raise_for_status()
@@ -124,7 +127,7 @@ def fetch(session, url, part):
         total = have + int(response.headers.get("Content-Length", 0))
         with open(part, "ab") as file:
             file.truncate(have)
-            for chunk in response.iter_content(1 << 16):    # a cut loses the block it falls in, so: small ones
+            for chunk in response.iter_content(1 << 16):    # small: a cut loses the chunk it falls in
                 file.write(chunk)
                 have += len(chunk)
                 if sys.stderr.isatty():
@@ -323,7 +326,7 @@ class Batch:
     targets: torch.Tensor       # (N,)
 
     def to(self, device):
-        """On a GPU: from pinned memory, while it still computes on the batch before."""
+        """To a GPU from pinned memory: the program goes on while the copy waits for its turn."""
         if torch.device(device).type == "cuda":
             return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in vars(self).values()))
         return Batch(*(t.to(device) for t in vars(self).values()))
@@ -346,7 +349,7 @@ def group_by_length(examples, batch_size, seed=None):
     order = list(range(len(examples)))
     shuffle = random.Random(seed)
     if seed is not None:
-        shuffle.shuffle(order)                          # among equals, the company changes
+        shuffle.shuffle(order)                          # pairs of equal length meet others in each epoch
     order.sort(key=lambda i: -sum(map(len, examples[i])))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     if seed is not None:

@@ -67,7 +67,7 @@ def corpus_bleu(outputs, references, n=4):
 
 
 def corpus_nist(outputs, references, n=5):
-    """NIST-n of a whole corpus, one reference each (Doddington 2002): BLEU's matches, weighed by what an n-gram tells.
+    """NIST-n of a whole corpus, one reference each (Doddington 2002): BLEU's matches, weighted by their information.
 
     An n-gram's information is log2(count of its first n - 1 words / its own count), over all references.
     """
@@ -153,7 +153,7 @@ def all_metrics(outputs, references, training_responses, mean_loss):
               novelty(outputs, training_responses), diversity(outputs), distinct(outputs, 1), distinct(outputs, 2),
               corpus_nist(outputs, references), rouge_l(outputs, references),
               statistics.fmean(len(tokenize(o)) for o in outputs),
-              None if mean_loss is None else math.exp(min(mean_loss, 700)))
+              None if mean_loss is None else math.exp(min(mean_loss, 700)))        # beyond 709, exp overflows
     return {"n": len(outputs)} | dict(zip(names, values))
 
 
@@ -194,9 +194,8 @@ class Task:
         self.seen = [key(query) in known for query, _ in pairs["test"]]         # known from the whole training split
         pairs["train"] = make_pairs(take_fraction(dialogues["train"], config["fraction"], config["seed"]),
                                     config["turns"], config["pairs"] == "sliding")
-        for split in pairs:
-            if not pairs[split]:
-                raise ValueError(f"--fraction {config['fraction']} of {config['data']} leaves no pair to train on")
+        if not pairs["train"]:
+            raise ValueError(f"--fraction {config['fraction']} of {config['data']} leaves no pair to train on")
         self.pairs, self.tokenizer = pairs, tokenizer
         self.examples = {split: encode_pairs(p, tokenizer, config["max_query"], config["max_response"])
                          for split, p in pairs.items()}
@@ -206,14 +205,14 @@ def choose_device(device, dtype):
     """The flags --device and --dtype -> (torch.device, torch.dtype, why)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = device.partition(":")
+    kind, colon, index = device.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}.get(kind, 0)
-    if not (index or "0").isdecimal() or int(index or 0) >= there:
+    if colon and not index.isdecimal() or int(index or 0) >= there:
         raise ValueError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
     if dtype != "auto":
         return torch.device(device), getattr(torch, dtype), f"--dtype {dtype}"
     if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = kind == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     why = f"this {kind} has {'' if fast else 'no '}fast bfloat16"
@@ -227,9 +226,8 @@ def open_checkpoint(config):
     if tokenizer.n_vocab != shape.vocab_size:
         raise ValueError(f"{folder}: vocab.json has {tokenizer.n_vocab} entries, "
                          f"but config.json says vocab_size {shape.vocab_size}")
-    query, response = config["max_query"], max(config["max_response"], MAX_NEW_TOKENS)
-    prompt = {"finetune": 0, "soft": query, "dynamic": query}.get(
-        config["method"], config["prompt_length"] or METHODS[config["method"]].default_length)
+    query, response, method = config["max_query"], max(config["max_response"], MAX_NEW_TOKENS), METHODS[config["method"]]
+    prompt = 0 if method.trains_gpt else config["prompt_length"] or method.default_length or query
     if prompt + query + response > shape.n_positions:
         raise UsageError(f"a prompt of {prompt}, --max-query {query} and a response of {response} tokens are "
                          f"{prompt + query + response}, but {config['model']} has n_positions {shape.n_positions}")
@@ -261,6 +259,10 @@ def gather(part):
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
+def main_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def share(items):
     return items[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else items
 
@@ -272,7 +274,7 @@ def mean_loss(model, examples, batch_size=32):
     with torch.no_grad(), model.autocast():             # around all batches: trained weights are cast once
         for indices in group_by_length(mine, batch_size):
             losses.append(model(make_batch([mine[i] for i in indices], model.encoder.slots).to(model.device)))
-    total = sum(gather([torch.stack(losses).double().sum().item() if losses else 0.0]))
+    total = sum(gather([sum(torch.stack(losses).tolist()) if losses else 0.0]))
     return total / sum(len(response) for _, response in examples) if examples else None
 
 
@@ -300,7 +302,7 @@ def test(model, task, folder, results):
         results[name] = all_metrics([outputs[i] for i in chosen], [pairs[i][1] for i in chosen], training, loss)
     lines = [json.dumps({"query": query, "reference": reference, "response": output, "seen": seen}, ensure_ascii=False)
              for (query, reference), output, seen in zip(pairs, outputs, task.seen)]
-    if folder and (not dist.is_initialized() or dist.get_rank() == 0):
+    if folder and main_process():
         write_text(folder / "generations.jsonl", "\n".join(lines) + "\n")
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
@@ -400,12 +402,23 @@ def ablation(config):
     return "".join(f", {k.replace('_', ' ')} {config[k]}" for k in usual if config.get(k, usual[k]) != usual[k])
 
 
+def context(config):
+    """What a query is, if not the turn before the response."""
+    return f", {config['turns']} turns" * (config["turns"] > 1) + ", sliding" * (config["pairs"] == "sliding")
+
+
+def mixed(configs):
+    """Settings other than the seed in which runs of one row differ, to be told: their mean is not one over seeds."""
+    differ = [k for k in configs[0] if k != "seed" and any(c.get(k) != configs[0][k] for c in configs)]
+    return f" (mixed {', '.join(differ)})" if differ else ""
+
+
 def table(path):
     """Runs below a folder -> Markdown: for each data set and model the papers' table, for all and unseen test pairs."""
     groups = defaultdict(lambda: defaultdict(list))
     for config, results in finished_runs(path):
         group = groups[config["data"], config["turns"], config["pairs"], config["model"]]
-        group[config["fraction"], config["method"], ablation(config)].append(results)
+        group[config["fraction"], config["method"], ablation(config)].append((config, results))
     text = []
     for (data, turns, pairs, model), rows in sorted(groups.items()):
         try:
@@ -414,12 +427,14 @@ def table(path):
             lookup = None
         order = list(METHODS)
         for part, name in (("test", "test pairs"), ("test_unseen", "unseen test pairs")):
-            lines = [(f"{100 * fraction:g}%", method + more, [r[part] for r in rows[fraction, method, more]])
-                     for fraction, method, more in sorted(rows, key=lambda row: (row[0], order.index(row[1]), row[2]))]
+            lines = []
+            for row in sorted(rows, key=lambda row: (row[0], order.index(row[1]), row[2])):
+                (fraction, method, more), (configs, results) = row, zip(*rows[row])
+                lines.append((f"{100 * fraction:g}%", method + more + mixed(configs), [r[part] for r in results]))
             if lookup:
                 lines.append(("100%", "lookup", [lookup[part]]))
-            context = f", {turns} turns" * (turns > 1) + ", sliding" * (pairs == "sliding")
-            text += [f"**{data}, {model}{context}: {lines[0][2][0]['n']:,} {name}**", "", markdown(lines), ""]
+            title = f"{data}, {model}{context(configs[0])}: {lines[0][2][0]['n']:,} {name}"
+            text += [f"**{title}**", "", markdown(lines), ""]
     return "\n".join(text)
 
 
@@ -433,7 +448,8 @@ def plot(path):
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     lines = defaultdict(lambda: defaultdict(list))
     for config, results in finished_runs(path):
-        lines[config["data"], config["method"], config["model"]][config["fraction"]].append(results["test"])
+        name = config["data"] + context(config), config["method"] + ablation(config), config["model"]
+        lines[name][config["fraction"]].append(results["test"])
     data, methods, models = ({k[i]: None for k in sorted(lines)} for i in range(3))
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for panel, metric in zip(panels, ("bleu4", "novelty", "diversity")):
@@ -527,7 +543,7 @@ def main():
     modes.add_argument("--plot", action="store_true", help="draw all runs below the folder: figure2.png and .svg there")
     modes.add_argument("--lookup", action="store_true", help="score the dictionary that answers seen queries by heart")
     add("--data", default="sample", help="for --lookup: sample, dailydialog, multiwoz or a folder" + shown)
-    add("--temperature", type=float, default=0.0, help="for --chat: 0 is greedy, 1 samples as the model thinks" + shown)
+    add("--temperature", type=float, default=0.0, help="for --chat: 0 is greedy, 1 samples from the model's own distribution" + shown)
     add("--top-p", type=float, default=1.0, help="for --chat: sample from this share of the probability" + shown)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..." + shown)
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the products; auto: the run's")

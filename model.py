@@ -3,10 +3,13 @@
 The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn, mlp.c_fc ...), so loading is one loop.
 
 Shape letters, the same in every file of this project:
-    B batch    T tokens    C embedding width    H heads    D = C / H    L layers    V vocabulary    P, m prompt length
+    B batch    T tokens    S keys, those of the past included    C embedding width    H heads    D = C / H    L layers
+    V vocabulary    P, m prompt length
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
+import functools
+import itertools
 import json
 import math
 import os
@@ -37,9 +40,9 @@ class GPTConfig:
 def attend(q, k, v, mask, dropout):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D). mask None: the causal triangle."""
     dtype = q.dtype
-    if q.device.type == "cpu" and torch.is_grad_enabled():      # bfloat16's backward pass is four times slower there
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast("cpu", enabled=False):
+    if q.device.type == "cpu" and torch.is_grad_enabled():      # PyTorch's bfloat16 kernel is 4 times slower backward,
+        q, k, v = q.float(), k.float(), v.float()               # so on a CPU attention is trained in float32;
+    with torch.autocast("cpu", enabled=False):                  # autocast would cast it straight back
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
     return y.to(dtype)
 
@@ -105,21 +108,21 @@ def init_weights(module):
 class Past:
     """Keys and values that every layer reads before its own: a prompt written straight into the GPT's memory.
 
-    pairs: (L, 2, B or 1, H, P, D). The row itself follows at positions P, P + 1, ...
+    kv: (L, 2, B or 1, H, P, D). The row itself follows at positions P, P + 1, ...
     """
 
-    def __init__(self, pairs):
-        self.pairs = pairs
+    def __init__(self, kv):
+        self.kv = kv
 
     def positions(self, T):
         """Where the next T tokens stand: (T,), the same for every row."""
-        P = self.pairs.size(-2)
-        return torch.arange(P, P + T, device=self.pairs.device)
+        P = self.kv.size(-2)
+        return torch.arange(P, P + T, device=self.kv.device)
 
     def extend(self, layer, k, v):
         """The keys and values of the row (B, H, T, D) -> the same with the earlier ones in front (B, H, P + T, D)."""
         return [torch.cat((old.expand(new.size(0), -1, -1, -1).to(new.dtype), new), dim=2)
-                for old, new in zip(self.pairs[layer], (k, v))]
+                for old, new in zip(self.kv[layer], (k, v))]
 
 
 class Cache(Past):
@@ -129,22 +132,25 @@ class Cache(Past):
     row are real; the next token is written at that place, over the padding, and reads the places up to its own.
     """
 
-    def __init__(self, pairs, room):
-        super().__init__(pairs)
+    def __init__(self, kv, room):
+        super().__init__(kv)
         self.room, self.layers, self.lengths = room, [], None
 
     def positions(self, T):
-        return super().positions(T) if self.lengths is None else self.lengths[:, None]      # (T,) or (B, 1)
+        if self.lengths is None:
+            return super().positions(T)                                                     # (T,)
+        self.end = int(self.lengths.max()) + 1          # once for all layers: on a GPU, to ask for a number is to wait
+        return self.lengths[:, None]                                                        # (B, 1)
 
     def extend(self, layer, k, v):
         if self.lengths is None:
             k, v = super().extend(layer, k, v)
             self.layers.append([F.pad(t, (0, 0, 0, self.room)) for t in (k, v)])            # (B, H, P + T + room, D)
             return k, v
-        B, S = len(self.lengths), int(self.lengths.max()) + 1
+        B = len(self.lengths)
         for kept, new in zip(self.layers[layer], (k, v)):
-            kept[torch.arange(B, device=k.device), :, self.lengths] = new[:, :, 0]
-        return [kept[:B, :, :S] for kept in self.layers[layer]]
+            kept[torch.arange(B, device=k.device), :, self.lengths] = new[:, :, 0]          # row b at its place lengths[b]
+        return [kept[:B, :, :self.end] for kept in self.layers[layer]]
 
     def keep(self, rows):
         """Let rows leave: `rows` (b,) says which remain. Each hole is filled with a later row, so little is copied."""
@@ -173,7 +179,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.apply(init_weights)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):      # 2L branches add into the residual stream: keep its variance at 1
+            if name.endswith("c_proj.weight"):      # 2L branches add into the residual stream: it must not grow with depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids, past=None):
@@ -191,9 +197,9 @@ class GPT(nn.Module):
             positions = past.positions(x.size(1))                                           # (T,) or (B, T)
             everyone = torch.arange(int(positions.max()) + 1, device=x.device)              # (S,)
             mask = (everyone <= positions[..., None])[..., None, :, :]                      # (1, T, S) or (B, 1, T, S)
-        x = self.drop(x.to(self.ln_f.weight.dtype) + self.wpe(positions))       # branches add up in float32, as norms are
+        x = self.drop(x.to(self.ln_f.weight.dtype) + self.wpe(positions))       # the residual stream: float32, as norms are
         for layer, block in enumerate(self.h):
-            x = block(x, mask, past and (lambda k, v: past.extend(layer, k, v)))
+            x = block(x, mask, past and functools.partial(past.extend, layer))
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -219,33 +225,33 @@ class GPT(nn.Module):
             return self.answer(self.wte(ids), lengths, None, max_new_tokens, eot, temperature, top_p)
 
     @torch.no_grad()
-    def answer(self, x, lengths, pairs, max_new_tokens, eot, temperature=0.0, top_p=1.0):
+    def answer(self, x, lengths, kv, max_new_tokens, eot, temperature=0.0, top_p=1.0):
         """Like `generate`, from input embeddings x (B, T, C), of which each row's first lengths[b] are real, and
         key/value pairs (L, 2, B or 1, H, P, D) that stand before them, or None."""
         (B, _, C), H, L = x.shape, self.config.n_head, self.config.n_layer
         if B == 0:
             return []
-        if pairs is None:
-            pairs = x.new_zeros(L, 2, 1, H, 0, C // H)
+        if kv is None:
+            kv = x.new_zeros(L, 2, 1, H, 0, C // H)
         limits = torch.as_tensor(max_new_tokens, device=x.device).expand(B)
         wanted = limits.tolist()
-        needed = pairs.size(-2) + int((lengths + limits).max())
+        needed = kv.size(-2) + int((lengths + limits).max())
         if needed > self.config.n_positions:
             raise ValueError(f"prompt, query and answer need {needed} positions, but the model's n_positions is "
                              f"{self.config.n_positions}")
-        cache = Cache(pairs, int(limits.max()))
+        cache = Cache(kv, int(limits.max()))
         hidden = self.transform(x, cache)
         last = hidden[torch.arange(B, device=x.device), lengths - 1]                        # (B, C)
-        cache.lengths = pairs.size(-2) + lengths
+        cache.lengths = kv.size(-2) + lengths
         answers = [[] for _ in range(B)]
         rows = torch.arange(B, device=x.device)             # which query stands in which place of the shrinking batch
-        while True:
+        for n in itertools.count(1):                        # each row that is left has n tokens by now
             tokens = choose(self.logits(last).float(), temperature, top_p)                  # (b, C) -> (b,)
             for row, token in zip(rows.tolist(), tokens.tolist()):
                 answers[row].append(token)
-            stays = (tokens != eot) & (limits > len(answers[rows[0]]))
-            if not stays.all():                                                             # finished rows leave
-                places = stays.nonzero().squeeze(1)
+            stays = (tokens != eot) & (limits > n)
+            if not stays.all():                             # finished rows leave, later ones fill the holes: if 1 and 2
+                places = stays.nonzero().squeeze(1)         # of 0 .. 4 leave, places are 0 3 4, holes 1 2, stay 0 3 4
                 if len(places) == 0:
                     return [(a[:-1] if a[-1] == eot else a)[:n] for a, n in zip(answers, wanted)]
                 holes = (~stays[:len(places)]).nonzero().squeeze(1)
@@ -267,7 +273,7 @@ class GPT(nn.Module):
         folder = Path(folder)
         config = read_config(folder / "config.json")
         config.dropout = dropout
-        with torch.device("meta"), mock.patch.object(nn.init, "normal_"):       # shapes only: nothing is initialised
+        with torch.device("meta"), mock.patch.object(nn.init, "normal_"):       # shapes only, in no time: nothing is drawn
             gpt = cls(config)
         expected, found, unexpected = gpt.state_dict(), {}, []
         source, tied = weights_file(folder), None
@@ -282,8 +288,8 @@ class GPT(nn.Module):
             elif name not in expected:
                 unexpected.append(name)
             else:
-                if is_conv1d(name):
-                    tensor = tensor.t() if tensor.dim() == 2 else tensor
+                if is_conv1d(name) and tensor.dim() == 2:
+                    tensor = tensor.t()
                 if tensor.shape != expected[name].shape:
                     raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, "
                                      f"but config.json asks for {list(expected[name].shape)}")

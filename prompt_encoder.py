@@ -2,7 +2,7 @@
 
 A prompt reaches the GPT through one of two doors: as vectors, which take the slots before the query's embeddings, or as
 key/value pairs, which every layer reads before the row. An encoder says how many slots it needs (`slots`) and fills one
-of the doors (`vectors` or `pairs`). The story: a table of vectors (PromptTuning), one as long as the query (SoftPrompt),
+of the doors (`vectors` or `kv`). The story: a table of vectors (PromptTuning), one as long as the query (SoftPrompt),
 the same table seen through an LSTM (PTuning) or turned into pairs (Prefix); then the prompts that depend on what was
 just said (DynamicPrompt, DialogPrompt).
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from model import Block, Past, attend, init_weights
 
 
-class FineTuning(nn.Module):
+class NoPrompt(nn.Module):
     """No prompt at all: the whole GPT is trained (Valvoda et al. 2022, section 3). Each other method changes one thing."""
 
     trains_gpt, trains_embeddings = True, True      # the GPT's blocks; its word embedding wte, tied to the output layer
@@ -33,12 +33,12 @@ class FineTuning(nn.Module):
         """Query embeddings (B, M, C), each row's padding behind it -> prompt vectors (B or 1, slots(M), C), or None."""
         return None
 
-    def pairs(self, gpt, query, lengths):
+    def kv(self, gpt, query, lengths):
         """The GPT, query embeddings (B, M, C), their lengths (B,) -> key/value pairs (L, 2, B or 1, H, k, D), or None."""
         return None
 
 
-class PromptTuning(FineTuning):
+class PromptTuning(NoPrompt):
     """k free vectors before every query; they alone are trained (Lester et al. 2021, section 2)."""
 
     trains_gpt, trains_embeddings = False, False
@@ -65,7 +65,7 @@ class SoftPrompt(PromptTuning):
         return m
 
     def vectors(self, query):
-        return self.table[None].narrow(1, 0, query.size(1))                         # (1, M, C)
+        return self.table[None].narrow(1, 0, query.size(1))     # (1, M, C); a slice would not mind a table too short
 
 
 class PTuning(PromptTuning):
@@ -100,12 +100,12 @@ class Prefix(PromptTuning):
     def vectors(self, query):
         return None
 
-    def pairs(self, gpt, query, lengths):
-        pairs = self.mlp(self.table).view(self.shape)                               # (k, C) -> (k, L, 2, H, D)
-        return pairs.permute(1, 2, 3, 0, 4)[:, :, None]                             # (L, 2, 1, H, k, D)
+    def kv(self, gpt, query, lengths):
+        kv = self.mlp(self.table).view(self.shape)                                  # (k, C) -> (k, L, 2, H, D)
+        return kv.permute(1, 2, 3, 0, 4)[:, :, None]                                # (L, 2, 1, H, k, D)
 
 
-class DynamicPrompt(FineTuning):
+class DynamicPrompt(NoPrompt):
     """A prompt of its own for every query: the controller, a causal Transformer, reads the query and writes one vector
     per token,
 
@@ -162,12 +162,12 @@ class DialogBlock(Block):
         self.crossattention = CrossAttention(config)
 
     def forward(self, x, context, mask, keep):
-        x = x + self.drop(self.attn(self.ln_1(x), extend=keep))
+        x = x + self.drop(self.attn(self.ln_1(x), extend=keep))         # `extend` as a tap: k and v pass unchanged
         x = x + self.drop(self.crossattention(self.ln_cross_attn(x), context, mask))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class DialogPrompt(FineTuning):
+class DialogPrompt(NoPrompt):
     """Unlike Prefix, the pairs depend on the context; unlike DynamicPrompt, they enter every layer (Gu et al. 2021).
 
     k learned tokens run through a causal Transformer as deep as the GPT, whose blocks read the GPT's last hidden states
@@ -193,7 +193,7 @@ class DialogPrompt(FineTuning):
             rows = gpt.wte.weight[5:5 + length]
             self.wte.weight[:len(rows)] = rows
 
-    def pairs(self, gpt, query, lengths):
+    def kv(self, gpt, query, lengths):
         context = gpt.transform(query)                                              # (B, M, C)
         mask = (torch.arange(query.size(1), device=query.device) < lengths[:, None])[:, None, None]     # (B, 1, 1, M)
         kept = []
@@ -210,7 +210,7 @@ class DialogPrompt(FineTuning):
         return torch.stack(kept)                                                    # (L, 2, B, H, k, D)
 
 
-METHODS = {"finetune": FineTuning, "soft": SoftPrompt, "dynamic": DynamicPrompt, "prompt-tuning": PromptTuning,
+METHODS = {"finetune": NoPrompt, "soft": SoftPrompt, "dynamic": DynamicPrompt, "prompt-tuning": PromptTuning,
            "p-tuning": PTuning, "prefix": Prefix, "dialogprompt": DialogPrompt}
 
 
@@ -246,19 +246,20 @@ class PromptedGPT(nn.Module):
         """Batch -> input embeddings (B, T, C), the prompt's vectors in their slots, and the prompt's pairs or None."""
         x = self.gpt.wte(batch.ids)                                                 # the only look-up: -> (B, T, C)
         T, M = x.size(1), int(batch.query.max())
-        columns = batch.prompt[:, None] + torch.arange(M, device=x.device)          # where the queries stand: (B, M)
-        query = x.gather(1, columns.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2)))      # (B, M, C)
+        columns = batch.prompt[:, None] + torch.arange(M, device=x.device)          # where the queries stand: (B, M),
+        columns = columns.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2))     # padding might point past the row
+        query = x.gather(1, columns)                                                # (B, M, C)
         vectors = self.encoder.vectors(query)
         if vectors is not None:
             is_slot = torch.arange(T, device=x.device) < batch.prompt[:, None]                  # (B, T)
             x = torch.where(is_slot[..., None], F.pad(vectors, (0, 0, 0, T - vectors.size(1))), x)
-        return x, self.encoder.pairs(self.gpt, query, batch.query)
+        return x, self.encoder.kv(self.gpt, query, batch.query)
 
     def forward(self, batch):
         """Batch -> the cross-entropy of its response tokens, summed: divide by their number for the mean."""
         with self.autocast():
-            x, pairs = self.read(batch)
-            hidden = self.gpt.transform(x, None if pairs is None else Past(pairs))              # (B, T, C)
+            x, kv = self.read(batch)
+            hidden = self.gpt.transform(x, None if kv is None else Past(kv))              # (B, T, C)
             logits = self.gpt.logits(hidden.flatten(0, 1)[batch.where])             # at response positions only: (N, V)
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
@@ -266,8 +267,8 @@ class PromptedGPT(nn.Module):
     def answer(self, batch, max_new_tokens, eot, temperature=0.0, top_p=1.0):
         """Batch of queries -> list of token lists; see `GPT.generate`."""
         with self.autocast():
-            x, pairs = self.read(batch)
-            return self.gpt.answer(x, batch.prompt + batch.query, pairs, max_new_tokens, eot, temperature, top_p)
+            x, kv = self.read(batch)
+            return self.gpt.answer(x, batch.prompt + batch.query, kv, max_new_tokens, eot, temperature, top_p)
 
     def trained(self):
         """What is trained, by name: all that a checkpoint needs to hold."""

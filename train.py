@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import group_by_length, make_batch
 from evaluate import (VERSION, Task, UsageError, build, choose_device, corpus_bleu, describe, load_checkpoint, load_run,
-                      mean_loss, open_checkpoint, read_json, read_settings, report, respond, run_command, test,
+                      main_process, mean_loss, open_checkpoint, read_json, read_settings, report, respond, run_command, test,
                       write_text)
 from model import load_plain, replace
 from prompt_encoder import METHODS
@@ -60,13 +60,13 @@ def parse_arguments():
     add("--prompt-length", type=number(int, 1, 10**6), help="k, for methods with a prompt of fixed length (default: "
         + ", ".join(f"{name} {m.default_length}" for name, m in METHODS.items() if m.default_length) + ")")
     add("--controller-layers", type=number(int, 1, 1000), default=2, help="depth of dynamic's controller" + shown)
-    add("--epochs", type=number(int, 0, 10**6), default=8, help="at most so many; 0 tests the untouched model" + shown)
+    add("--epochs", type=number(int, 0, 10**6), default=8, help="at most this many; 0 tests the untouched model" + shown)
     add("--patience", type=number(int, 1, 10**6), default=8,
-        help="stop after so many epochs without a better validation BLEU4" + shown)
+        help="stop after this many epochs without a better validation BLEU4" + shown)
     add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes" + shown)
     add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
         + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES.items()) + ")")
-    add("--trials", type=number(int, 1, 1000), default=1, help="train so many times, with learning rates drawn from "
+    add("--trials", type=number(int, 1, 1000), default=1, help="train this many times, with learning rates drawn from "
         "[3e-6, 9e-3], and test the best by validation BLEU4" + shown)
     add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in training, in GPT and controller" + shown)
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random" + shown)
@@ -177,8 +177,8 @@ def fit(config, task, device, dtype, folder, label=""):
                 # Every process takes its share of the rows; these differ in length: the mean is over all their tokens.
                 mine = [train[i] for i in indices[rank::world]]
                 batch = make_batch(mine or [train[indices[0]]], model.encoder.slots).to(device)
-                total = sum(len(train[i][1]) for i in indices)
-                loss = parallel(batch) * (bool(mine) / total)
+                targets = sum(len(train[i][1]) for i in indices)
+                loss = parallel(batch) * (bool(mine) / targets)
                 (loss * world).backward()                       # DistributedDataParallel divides by world
                 loss = loss.detach()
                 if world > 1:
@@ -189,7 +189,7 @@ def fit(config, task, device, dtype, folder, label=""):
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-                loss_sum, response_tokens = loss_sum + loss * total, response_tokens + total
+                loss_sum, response_tokens = loss_sum + loss * targets, response_tokens + targets
                 for query, response in (train[i] for i in indices):
                     tokens += model.encoder.slots(len(query)) + len(query) + len(response)
                 seconds = time.perf_counter() - begun
@@ -227,14 +227,16 @@ def write_log(folder, log):
 
 
 def say(text):
+    progress("")
     if main_process():
-        print("\r\033[K" * sys.stdout.isatty() + text, flush=True)
+        print(text, flush=True)
 
 
 def progress(text):
     """One line, written over and over, in a terminal; nothing in a log file, where each epoch's line is enough."""
     if sys.stdout.isatty() and main_process():
-        print(f"\r\033[K{text}", end="", flush=True)
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]:{width}}\r", end="", flush=True)
 
 
 def clock(seconds):
@@ -273,10 +275,6 @@ def search(config, task, device, dtype, folder):
     wait()
 
 
-def main_process():
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def wait():
     if dist.is_initialized():
         dist.barrier()
@@ -292,12 +290,13 @@ def main():
     device, dtype, why = choose_device(args.device, args.dtype)
     if "RANK" in os.environ:                                    # started by torchrun
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device, *_ = choose_device(f"cuda:{os.environ['LOCAL_RANK']}", args.dtype)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     task = Task(config, open_checkpoint(config))
     say(f"{device.type}, {str(dtype).removeprefix('torch.')} ({why}); "
         + ", ".join(f"{len(p):,} {s}" for s, p in task.pairs.items()) + " pairs")
+    wait()                                                      # every process has looked at the folder
     if main_process():
         enter_folder(args.out, config, args.resume)
     wait()

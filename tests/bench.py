@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-from data import encode_pairs, group_by_length, load_tokenizer, make_batch, make_pairs, read_dialogues  # noqa: E402
+from data import checkpoint_folder, encode_pairs, group_by_length, load_tokenizer, make_batch, make_pairs, read_dialogues  # noqa: E402
 from evaluate import choose_device  # noqa: E402
 from model import GPT  # noqa: E402
 from prompt_encoder import PromptedGPT  # noqa: E402
@@ -328,7 +328,10 @@ def peak_memory(folder, examples, batches):
 
 
 def load_examples():
-    return encode_pairs(make_pairs(read_dialogues(SHARED / "dailydialog")["train"]), load_tokenizer(SHARED / "gpt2-bpe"), LIMIT, LIMIT)
+    """DailyDialog's training pairs in GPT-2's tokens: both from a folder beside the repository, or downloaded."""
+    data, bpe = SHARED / "dailydialog", SHARED / "gpt2-bpe"
+    dialogues = read_dialogues(data if data.is_dir() else "dailydialog")["train"]
+    return encode_pairs(make_pairs(dialogues), load_tokenizer(bpe if bpe.is_dir() else checkpoint_folder("gpt2")), LIMIT, LIMIT)
 
 
 def main():

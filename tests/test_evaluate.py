@@ -201,7 +201,7 @@ def test_answers_come_in_the_order_of_the_queries(gpt):
     assert len(set(alone)) == len(alone) and respond(PromptedGPT(gpt, "finetune"), EXAMPLES, NUMBERS, batch_size=3) == alone
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:x", "xpu"])
+@pytest.mark.parametrize("device", ["abacus", "cuda:x", "cpu:", "xpu"])
 def test_a_device_that_is_not_there_is_refused(device):
     if device == "xpu" and torch.xpu.is_available():
         pytest.skip("it is there")
@@ -265,6 +265,12 @@ def test_table_averages_over_nothing_but_seeds(method, change, tmp_path):
     assert len(rows) == 2 * 2 and rows[0]["Method"] != rows[1]["Method"]
 
 
+def test_table_tells_where_a_mean_is_not_over_seeds_alone(tmp_path):
+    for seed, lr in (0, 1e-3), (1, 1e-3), (0, 3e-3):
+        write_run(tmp_path / f"{seed}-{lr}", seed=seed, lr=lr)
+    assert rows_of(table(tmp_path))[0]["Method"] == "soft (mixed lr)"
+
+
 def test_table_ends_with_the_lookup_row_and_shows_dashes_where_nothing_was_scored(tmp_path):
     folder = write_dialogues(tmp_path / "data", train=[["Hi.", "Hello there, you!"]], test=[["Hi.", "Hello there, you!"]])
     write_run(tmp_path / "run", data=folder, unseen={"n": 0} | dict.fromkeys(METRICS))
@@ -290,6 +296,16 @@ def test_plot_has_a_line_for_each_method_and_model_over_the_fraction(tmp_path):
     assert drawn == {"BLEU4": {soft: {10: 0.2, 100: 0.5}, dynamic: {100: 0.5}, dialogpt: {100: 0.5}},
                      "Novelty": {soft: {10: 0.5, 100: 0.5}, dynamic: {100: 0.9}, dialogpt: {100: 0.5}},
                      "Diversity": {soft: {10: 0.5, 100: 0.5}, dynamic: {100: 0.5}, dialogpt: {100: 0.7}}}
+
+
+def test_plot_keeps_an_ablation_and_other_contexts_apart(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for i, change in enumerate([{}, {"train_embeddings": False}, {"turns": 4}]):
+        write_run(tmp_path / str(i), **change)
+    plot(tmp_path)
+    labels = [line.get_label() for line in plt.gcf().axes[0].lines]
+    plt.close()
+    assert len(set(labels)) == 3
 
 
 # ------------------------------------------------------------------------------------------------------ command line
