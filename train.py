@@ -17,8 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # Linux: large tensors in pages of 2 MB, a tenth faster on CPUs
-
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel

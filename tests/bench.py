@@ -11,16 +11,13 @@ The work: GPT-2 small's shape with random weights, dropout 0, real DailyDialog p
     at best     the same code with bfloat16 autocast and batches of similar length
 
 Before timing, both sides must compute the same loss (float32, 1e-3) or the same tokens. Every round draws new batches, one from
-each stretch of the epoch's batches in order of length, so that few stand for all; then the sides, each in a process of its own, take
-turns, batch by batch, and the median over rounds counts.
+each stretch of the epoch's batches in order of length, so that few stand for all; then the sides take turns, batch by batch, and the
+median over rounds counts.
 """
 import argparse
-import contextlib
-import functools
-import multiprocessing
-import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,7 +38,6 @@ from prompt_encoder import PromptedGPT  # noqa: E402
 LIMIT, EOT = 128, 50256
 GOALS = {"soft": (6, 3), "dynamic": (6, 3), "finetune": (5, 2.5), "prefix": (5, 2.5), "dialogprompt": (5, 2.5),    # as written, at best
          "generate-16": (5, 2.5), "generate-64": (5, 2.5), "memory": (0.5, 0.6)}
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 SIDES = {"ours": choose_device("cpu", "auto")[1], "as written": torch.float32, "at best": torch.bfloat16}
 
 
@@ -262,69 +258,36 @@ def peak(dtype, n=4096):
     return 2 * n ** 3 / min(seconds)
 
 
-def work(pipe, side, row, folder):
-    """One side, in its process: works on the batches that come, answers with the seconds it took, and at last with its peak memory."""
-    run = answerer(side, folder) if row.startswith("generate") else trainer(side, row, folder)
-    while batch := pipe.recv():
-        begun = time.perf_counter()
-        run(batch)
-        pipe.send(time.perf_counter() - begun)
-    pipe.send(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024)
-
-
-@contextlib.contextmanager
-def side_by_side(row, folder):
-    """A process for each side -> {side: a function that works on one batch and returns the seconds it took; None ends it}."""
-    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    for side in SIDES:
-        os.environ.pop(HUGE_PAGES, None)
-        if side == "ours":
-            os.environ[HUGE_PAGES] = "1"                                    # as in train.py
-        pipes[side], end = context.Pipe()
-        processes.append(context.Process(target=work, args=(end, side, row, folder), daemon=True))
-        processes[-1].start()
-        end.close()
-
-    def ask(side, batch):
-        pipes[side].send(batch)
-        return pipes[side].recv()
-
-    yield {side: functools.partial(ask, side) for side in SIDES}
-    for process in processes:
-        process.join()
-
-
 def race(row, folder, config, examples, batches, rounds):
     """-> for each side: pairs (or reference tokens) per second, and operations per second, medians over rounds."""
     answers, size = row.startswith("generate"), int(row.split("-")[1]) if row.startswith("generate") else 8
     check(row, folder, draw("ours", examples, 4, 3, seed=0)[1])
     if answers:
         batches = max(1, batches * 16 // size)
+    runs = {side: answerer(side, folder) if answers else trainer(side, row, folder) for side in SIDES}
     speeds = {side: [] for side in SIDES}
-    with side_by_side(row, folder) as runs:
-        for run in runs.values():
-            run(draw("ours", examples, 4, 1, seed=0)[0])                    # warm up
-        for seed in range(1, rounds + 1):
-            seconds, drawn = dict.fromkeys(SIDES, 0.0), {side: draw(side, examples, size, batches, seed, answers) for side in SIDES}
-            for i in range(batches):
-                for side, run in runs.items():
-                    seconds[side] += run(drawn[side][i])
-            for side, done in drawn.items():
-                shown = [example for batch in done for example in batch]
-                units = sum(len(r) for _, r in shown) if answers else len(shown)
-                speeds[side].append((units / seconds[side], flops(row, config, shown) / seconds[side]))
-        for run in runs.values():
-            run(None)
+    for run in runs.values():
+        run(draw("ours", examples, 4, 1, seed=0)[0])                        # warm up
+    for seed in range(1, rounds + 1):
+        seconds, drawn = dict.fromkeys(SIDES, 0.0), {side: draw(side, examples, size, batches, seed, answers) for side in SIDES}
+        for i in range(batches):
+            for side, run in runs.items():
+                begun = time.perf_counter()
+                run(drawn[side][i])
+                seconds[side] += time.perf_counter() - begun
+        for side, done in drawn.items():
+            work = [example for batch in done for example in batch]
+            units = sum(len(r) for _, r in work) if answers else len(work)
+            speeds[side].append((units / seconds[side], flops(row, config, work) / seconds[side]))
     return {side: [statistics.median(values) for values in zip(*speeds[side])] for side in SIDES}
 
 
-def peak_memory(folder, examples, batches):
-    """Train soft on a sample of an epoch and on its longest batch -> for each side the GB that were resident at most (Linux)."""
-    with side_by_side("soft", folder) as runs:
-        for side, run in runs.items():
-            for batch in draw(side, examples, 8, batches, seed=1) + draw(side, examples, 8, len(examples) // 8, seed=1)[-1:]:
-                run(batch)
-        return [run(None) / 1e9 for run in runs.values()]
+def peak_memory(side, folder, examples, batches):
+    """Train soft on a sample of an epoch and on its longest batch -> GB that were resident at most (Linux), in a process of its own."""
+    step = trainer(side, "soft", folder)
+    for batch in draw(side, examples, 8, batches, seed=1) + draw(side, examples, 8, len(examples) // 8, seed=1)[-1:]:
+        step(batch)
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6 * 1.024
 
 
 def load_examples():
@@ -340,10 +303,14 @@ def main():
     parser.add_argument("--batches", type=int, default=4, help="batches in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with batches of its own (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two layers, one batch, one round")
+    parser.add_argument("--memory", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)        # the process that measures one side
     args = parser.parse_args()
     examples = load_examples()
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}     # for the sides' processes too
+    if args.memory:
+        print(peak_memory(*args.memory, examples, args.batches))
+        return
     from transformers import GPT2Config, GPT2LMHeadModel, logging
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.quick:
         args.batches, args.rounds = 1, 1
@@ -362,7 +329,9 @@ def main():
               "|---|---:|---:|---:|---:|---:|---:|")
         for row in args.only:
             if row == "memory":
-                values = peak_memory(folder, examples, args.batches)
+                command = [sys.executable, __file__, "--batches", str(args.batches), "--memory"]
+                values = [float(subprocess.run([*command, side, folder], check=True, capture_output=True, text=True).stdout.split()[-1])
+                          for side in SIDES]
                 name, unit, shares, sign = "peak memory, train soft", "GB", "", "≤"
             else:
                 result = race(row, folder, config, examples, args.batches, args.rounds)
