@@ -17,6 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+# On a CPU, PyTorch compiles a kernel for each shape that it meets, and would keep the last 1,024: gigabytes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
