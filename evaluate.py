@@ -408,7 +408,7 @@ def context(config):
 
 
 def mixed(configs):
-    """Settings other than the seed in which runs of one row differ, to be told: their mean is not one over seeds."""
+    """For a row's label: settings in which its runs differ, the seed aside. Their mean is not one over seeds alone."""
     differ = [k for k in configs[0] if k != "seed" and any(c.get(k) != configs[0][k] for c in configs)]
     return f" (mixed {', '.join(differ)})" if differ else ""
 
