@@ -282,13 +282,12 @@ def respond(model, examples, tokenizer, batch_size=64):
     """Greedy answers to the examples' queries, as text, in their order."""
     model.eval()
     mine = share(examples)
-    answers = [None] * len(mine)
-    with model.autocast():
-        for indices in group_by_length([(query, []) for query, _ in mine], batch_size):
-            batch = make_batch([mine[i] for i in indices], model.encoder.slots, responses=False).to(model.device)
-            for i, ids in zip(indices, model.answer(batch, MAX_NEW_TOKENS, tokenizer.eot_token)):
-                answers[i] = tokenizer.decode(ids).strip()
-    return gather(answers)
+    groups = group_by_length([(query, []) for query, _ in mine], max(1, batch_size // 4))
+    batches = (make_batch([mine[i] for i in indices], model.encoder.slots, responses=False).to(model.device)
+               for indices in groups)
+    found = model.answer(batches, MAX_NEW_TOKENS, tokenizer.eot_token, batch_size=batch_size)
+    answers = dict(zip((i for indices in groups for i in indices), found))
+    return gather([tokenizer.decode(answers[i]).strip() for i in range(len(mine))])
 
 
 def test(model, task, folder, results):
@@ -485,7 +484,7 @@ def chat(folder, device, dtype, temperature, top_p):
             turns = (turns + [said])[-config["turns"]:]
             example = encode_pairs([(turns, "")], tokenizer, config["max_query"], config["max_response"])
             batch = make_batch(example, model.encoder.slots, responses=False).to(model.device)
-            ids, = model.answer(batch, MAX_NEW_TOKENS, tokenizer.eot_token, temperature, top_p)
+            ids, = model.answer([batch], MAX_NEW_TOKENS, tokenizer.eot_token, temperature, top_p)
             turns.append(tokenizer.decode(ids).strip())
             print(f"{config['method']}: {turns[-1]}", flush=True)
     except (EOFError, KeyboardInterrupt):

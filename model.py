@@ -9,7 +9,6 @@ Shape letters, the same in every file of this project:
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 import functools
-import itertools
 import json
 import math
 import os
@@ -126,15 +125,16 @@ class Past:
 
 
 class Cache(Past):
-    """Unlike a plain `Past`, a cache also remembers what it is shown, so that each new token costs one position.
+    """Unlike a plain `Past`, a cache remembers what it is shown, so that each new token costs one position.
 
-    The first pass shows it whole rows, padded on the right. From then on `lengths` (B,) says how many positions of each
-    row are real; the next token is written at that place, over the padding, and reads the places up to its own.
+    A first pass shows it whole rows, padded on the right. `join` puts the rows of several first passes together. From
+    then on `lengths` (B,) says how many positions of each row are real: the next token is written at that place, over the
+    padding, and reads the places up to its own.
     """
 
-    def __init__(self, kv, room):
+    def __init__(self, kv=None):
         super().__init__(kv)
-        self.room, self.layers, self.lengths = room, [], None
+        self.layers, self.lengths = [], None            # for each layer keys and values (places, H, size, D)
 
     def positions(self, T):
         if self.lengths is None:
@@ -144,21 +144,32 @@ class Cache(Past):
 
     def extend(self, layer, k, v):
         if self.lengths is None:
-            k, v = super().extend(layer, k, v)
-            self.layers.append([F.pad(t, (0, 0, 0, self.room)) for t in (k, v)])            # (B, H, P + T + room, D)
-            return k, v
+            self.layers.append(super().extend(layer, k, v))                                 # (B, H, P + T, D)
+            return self.layers[layer]
         B = len(self.lengths)
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[torch.arange(B, device=k.device), :, self.lengths] = new[:, :, 0]          # row b at its place lengths[b]
         return [kept[:B, :, :self.end] for kept in self.layers[layer]]
 
-    def keep(self, rows):
-        """Let rows leave: `rows` (b,) says which remain. Each hole is filled with a later row, so little is copied."""
-        places = torch.arange(len(rows), device=rows.device)
-        moved = rows != places
-        for kept in (t for pair in self.layers for t in pair):
-            kept[places[moved]] = kept[rows[moved]]
-        self.lengths = self.lengths[rows]
+    def join(self, first, lengths, places, size):
+        """Take in the rows of another cache's first pass, lengths (b,), with room for `places` rows of `size` positions."""
+        if self.lengths is None:
+            self.layers = [[t.new_zeros(0, t.size(1), 0, t.size(3)) for t in pair] for pair in first.layers]
+            self.lengths = lengths[:0]
+        B = len(self.lengths)
+        self.lengths = torch.cat((self.lengths, lengths))
+        for kept, new in zip(self.layers, first.layers):
+            for i in range(2):
+                more = [max(0, wanted - there) for wanted, there in zip((size, places), (kept[i].size(2), len(kept[i])))]
+                if any(more):
+                    kept[i] = F.pad(kept[i], (0, 0, 0, more[0], 0, 0, 0, more[1]))
+                kept[i][B:len(self.lengths), :, :new[i].size(2)] = new[i]
+
+    def leave(self, holes, movers, B):
+        """B rows remain: those at `movers` fill the `holes` of rows that have finished, so little is copied."""
+        for kept in (*(t for pair in self.layers for t in pair), self.lengths):
+            kept[holes] = kept[movers]
+        self.lengths = self.lengths[:B]
 
 
 class GPT(nn.Module):
@@ -208,59 +219,80 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ generating text
 
-    def generate(self, queries, max_new_tokens=40, eot=50256, temperature=0.0, top_p=1.0):
+    def generate(self, queries, max_new_tokens=40, eot=50256, temperature=0.0, top_p=1.0, batch_size=64):
         """Continue each of a list of token lists until `eot`, or for max_new_tokens (an int, or one for each query).
 
         Returns a list of token lists, without eot. temperature 0 is greedy; otherwise tokens are drawn from the
-        smallest set that holds top_p of the probability. Raises ValueError for an empty query or one that leaves
-        too few of the n_positions.
+        smallest set that holds top_p of the probability. At most batch_size queries are under way at once. Raises
+        ValueError for an empty query or one that leaves too few of the n_positions.
         """
         if not all(queries):
             raise ValueError(f"query {[bool(q) for q in queries].index(False)} has no tokens, expected at least one")
-        lengths = torch.tensor([len(q) for q in queries], dtype=torch.int64, device=self.wte.weight.device)
-        ids = lengths.new_zeros(len(queries), max(map(len, queries), default=0))
-        for row, query in zip(ids, queries):
-            row[:len(query)] = torch.tensor(query)
-        with torch.no_grad():
-            return self.answer(self.wte(ids), lengths, None, max_new_tokens, eot, temperature, top_p)
+
+        def groups(size):
+            for i in range(0, len(queries), size):
+                rows = [torch.tensor(query, device=self.wte.weight.device) for query in queries[i:i + size]]
+                ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                yield self.wte(ids), torch.tensor([len(row) for row in rows], device=ids.device), None
+
+        return self.answer(groups(max(1, batch_size // 4)), max_new_tokens, eot, temperature, top_p, batch_size)
 
     @torch.no_grad()
-    def answer(self, x, lengths, kv, max_new_tokens, eot, temperature=0.0, top_p=1.0):
-        """Like `generate`, from input embeddings x (B, T, C), of which each row's first lengths[b] are real, and
-        key/value pairs (L, 2, B or 1, H, P, D) that stand before them, or None."""
-        (B, _, C), H, L = x.shape, self.config.n_head, self.config.n_layer
-        if B == 0:
-            return []
+    def answer(self, groups, max_new_tokens, eot, temperature=0.0, top_p=1.0, batch_size=64):
+        """Like `generate`, from groups of rows: input embeddings x (b, T, C), of which each row's first lengths (b,) are
+        real, and key/value pairs (L, 2, b or 1, H, P, D) that stand before them, or None.
+
+        A step reads all weights, for many rows or few. So a row leaves when it is finished, and the next group enters
+        when there are places for it: "continuous batching" (Yu et al. 2022, Orca, section 3.1).
+        """
+        def limit(row):
+            return max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[row]
+
+        answers, rows, cache = [], [], Cache()              # rows: whose answer stands in which place of the batch
+        last = self.ln_f.weight.new_zeros(0, self.config.n_embd)                            # (B, C)
+        groups = iter(groups)
+        group = next(groups, None)
+        while True:
+            while group and (not rows or len(rows) + len(group[0]) <= batch_size):
+                entering = range(len(answers), len(answers) + len(group[0]))
+                answers += [[] for _ in entering]
+                rows += entering
+                last = torch.cat((last, self.enter(*group, [limit(row) for row in entering], cache, batch_size)))
+                group = next(groups, None)
+            if not rows:
+                return [answer[:limit(row)] for row, answer in enumerate(answers)]
+            tokens, finished = choose(self.logits(last).float(), temperature, top_p), []    # (B, C) -> (B,)
+            for place, (row, token) in enumerate(zip(rows, tokens.tolist())):
+                if token != eot:
+                    answers[row].append(token)
+                if token == eot or len(answers[row]) >= limit(row):
+                    finished.append(place)
+            if finished:                            # if 1 and 2 of 0 .. 4 leave, 3 and 4 move into their places
+                B = len(rows) - len(finished)
+                holes, movers = [p for p in finished if p < B], [p for p in range(B, len(rows)) if p not in finished]
+                for hole, mover in zip(holes, movers):
+                    rows[hole] = rows[mover]
+                tokens[holes] = tokens[movers]
+                rows, tokens = rows[:B], tokens[:B]
+                cache.leave(holes, movers, B)
+            last = last[:0]
+            if rows:
+                last = self.transform(self.wte(tokens)[:, None], cache)[:, 0]               # (B, 1, C) -> (B, C)
+                cache.lengths += 1
+
+    def enter(self, x, lengths, kv, limits, cache, batch_size):
+        """The first pass of a group, whose rows then join the cache -> hidden states of their last positions (b, C)."""
+        H, C = self.config.n_head, self.config.n_embd
         if kv is None:
-            kv = x.new_zeros(L, 2, 1, H, 0, C // H)
-        limits = torch.as_tensor(max_new_tokens, device=x.device).expand(B)
-        wanted = limits.tolist()
-        needed = kv.size(-2) + int((lengths + limits).max())
+            kv = x.new_zeros(self.config.n_layer, 2, 1, H, 0, C // H)
+        first, P = Cache(kv), kv.size(-2)
+        needed = P + int((lengths + torch.tensor(limits, device=x.device)).max())
         if needed > self.config.n_positions:
             raise ValueError(f"prompt, query and answer need {needed} positions, but the model's n_positions is "
                              f"{self.config.n_positions}")
-        cache = Cache(kv, int(limits.max()))
-        hidden = self.transform(x, cache)
-        last = hidden[torch.arange(B, device=x.device), lengths - 1]                        # (B, C)
-        cache.lengths = kv.size(-2) + lengths
-        answers = [[] for _ in range(B)]
-        rows = torch.arange(B, device=x.device)             # which query stands in which place of the shrinking batch
-        for n in itertools.count(1):                        # each row that is left has n tokens by now
-            tokens = choose(self.logits(last).float(), temperature, top_p)                  # (b, C) -> (b,)
-            for row, token in zip(rows.tolist(), tokens.tolist()):
-                answers[row].append(token)
-            stays = (tokens != eot) & (limits > n)
-            if not stays.all():                             # finished rows leave, later ones fill the holes: if 1 and 2
-                places = stays.nonzero().squeeze(1)         # of 0 .. 4 leave, places are 0 3 4, holes 1 2, stay 0 3 4
-                if len(places) == 0:
-                    return [(a[:-1] if a[-1] == eot else a)[:n] for a, n in zip(answers, wanted)]
-                holes = (~stays[:len(places)]).nonzero().squeeze(1)
-                stay = torch.arange(len(places), device=x.device)
-                stay[holes] = places[len(places) - len(holes):]
-                cache.keep(stay)
-                rows, tokens, limits = rows[stay], tokens[stay], limits[stay]
-            last = self.transform(self.wte(tokens)[:, None], cache)[:, 0]                   # (b, 1, C) -> (b, C)
-            cache.lengths = cache.lengths + 1
+        hidden = self.transform(x, first)
+        cache.join(first, P + lengths, max(batch_size, len(x)), max(needed, P + x.size(1)))
+        return hidden[torch.arange(len(x), device=x.device), lengths - 1]
 
     # ---------------------------------------------------------------------------------------------- checkpoint folders
 

@@ -214,6 +214,31 @@ METHODS = {"finetune": NoPrompt, "soft": SoftPrompt, "dynamic": DynamicPrompt, "
            "p-tuning": PTuning, "prefix": Prefix, "dialogprompt": DialogPrompt}
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Logits (N or more, V) and targets (N,) int64 -> the cross-entropy of the first N rows, summed.
+
+    The logits are the largest tensor of a training step, and plain autograd would keep four of that size. Here their
+    gradient, softmax(logits) - one_hot(targets), is written over them at once, 64 rows at a time in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        loss = torch.zeros((), device=logits.device)
+        for rows, target in zip(logits[:len(targets)].split(64), targets[:, None].split(64)):
+            log_probs = F.log_softmax(rows.float(), dim=1)
+            loss -= log_probs.gather(1, target).sum()
+            if ctx.needs_input_grad[0]:
+                rows.copy_(log_probs.exp_().scatter_add_(1, target, log_probs.new_full(target.shape, -1.0)))
+        logits[len(targets):] = 0
+        ctx.save_for_backward(logits)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient, = ctx.saved_tensors
+        return gradient.mul_(grad), None
+
+
 class PromptedGPT(nn.Module):
     """A GPT and one way of prompting it.
 
@@ -243,7 +268,7 @@ class PromptedGPT(nn.Module):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def read(self, batch):
-        """Batch -> input embeddings (B, T, C), the prompt's vectors in their slots, and the prompt's pairs or None."""
+        """Batch -> input embeddings (B, T + padding, C), the prompt's vectors in their slots, and its pairs or None."""
         x = self.gpt.wte(batch.ids)                                                 # the only look-up: -> (B, T, C)
         T, M = x.size(1), int(batch.query.max())
         columns = batch.prompt[:, None] + torch.arange(M, device=x.device)          # where the queries stand: (B, M),
@@ -253,22 +278,28 @@ class PromptedGPT(nn.Module):
         if vectors is not None:
             is_slot = torch.arange(T, device=x.device) < batch.prompt[:, None]                  # (B, T)
             x = torch.where(is_slot[..., None], F.pad(vectors, (0, 0, 0, T - vectors.size(1))), x)
-        return x, self.encoder.kv(self.gpt, query, batch.query)
+        kv = self.encoder.kv(self.gpt, query, batch.query)
+        room = self.gpt.config.n_positions - T - (0 if kv is None else kv.size(-2))
+        return F.pad(x, (0, 0, 0, min(-T % 16, max(0, room)))), kv          # few lengths: on a CPU, each costs a kernel to compile
 
     def forward(self, batch):
         """Batch -> the cross-entropy of its response tokens, summed: divide by their number for the mean."""
         with self.autocast():
             x, kv = self.read(batch)
-            hidden = self.gpt.transform(x, None if kv is None else Past(kv))              # (B, T, C)
-            logits = self.gpt.logits(hidden.flatten(0, 1)[batch.where])             # at response positions only: (N, V)
-        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+            hidden = self.gpt.transform(x, None if kv is None else Past(kv))[:, :batch.ids.size(1)]         # (B, T, C)
+            hidden = hidden.flatten(0, 1)[batch.where]                              # at response positions only: (N, C)
+            logits = self.gpt.logits(F.pad(hidden, (0, 0, 0, -len(hidden) % 64)))   # (N + padding, V), again few shapes
+        return CrossEntropy.apply(logits, batch.targets)
 
-    @torch.no_grad()
-    def answer(self, batch, max_new_tokens, eot, temperature=0.0, top_p=1.0):
-        """Batch of queries -> list of token lists; see `GPT.generate`."""
+    def answer(self, batches, max_new_tokens, eot, temperature=0.0, top_p=1.0, batch_size=64):
+        """Batches of queries -> list of token lists, in their order; see `GPT.answer`."""
+        def groups():
+            for batch in batches:
+                x, kv = self.read(batch)
+                yield x, batch.prompt + batch.query, kv
+
         with self.autocast():
-            x, kv = self.read(batch)
-            return self.gpt.answer(x, batch.prompt + batch.query, kv, max_new_tokens, eot, temperature, top_p)
+            return self.gpt.answer(groups(), max_new_tokens, eot, temperature, top_p, batch_size)
 
     def trained(self):
         """What is trained, by name: all that a checkpoint needs to hold."""

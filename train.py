@@ -8,6 +8,7 @@ goes on as if it had never stopped, and there are no random states to save. With
 share of every batch.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -16,9 +17,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-
-# On a CPU, PyTorch compiles a kernel for each shape that it meets, and would keep the last 1,024: gigabytes.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 import torch
 import torch.distributed as dist
@@ -276,6 +274,15 @@ def search(config, task, device, dtype, folder):
     wait()
 
 
+def keep_memory():
+    """Let the memory of freed tensors wait for the next ones. Linux's C library gives large blocks back at once, and to get
+    fresh ones, page by page and cleared, costs a quarter of a step on a CPU where the word embeddings are trained."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):                                # musl, another C library, has none
+        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no block is asked from the system by itself
+        libc.mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: nothing is given back
+
+
 def wait():
     if dist.is_initialized():
         dist.barrier()
@@ -283,6 +290,7 @@ def wait():
 
 def main():
     args = parse_arguments()
+    keep_memory()
     config = {"version": VERSION} | {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
     check_folder(args.out, config, args.resume, args.overwrite)
     if args.resume and (args.out / "results.json").exists():

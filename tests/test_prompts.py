@@ -55,15 +55,15 @@ def batch_of(model, examples, responses=True):
 
 
 def logits_of(model, examples):
-    """Examples -> the logits (N, V) from which `forward` computes its loss."""
+    """Examples -> the logits (N, V) from which `forward` computes its loss, without the padding behind them."""
     seen = []
     with torch.no_grad(), mock.patch.object(model.gpt, "logits", lambda x: seen.append(GPT.logits(model.gpt, x)) or seen[0]):
         model(batch_of(model, examples))
-    return seen[0].float()
+    return seen[0][:sum(len(r) for _, r in examples)].float()
 
 
 def answers_of(model, queries, eot=EOT, max_new_tokens=6):
-    return model.answer(batch_of(model, [(q, []) for q in queries], responses=False), max_new_tokens, eot)
+    return model.answer([batch_of(model, [(q, []) for q in queries], responses=False)], max_new_tokens, eot)
 
 
 def train(model, steps=3):
@@ -89,14 +89,15 @@ def close(ours, theirs, tolerance=1e-4):
     ("finetune", [], [0, 1, 2, 3]), ("soft", [0, 1], [0, 1, 2, 3, 4, 5]),
     ("prompt-tuning", [0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]), ("prefix", [], [4, 5, 6, 7])])
 def test_a_row_is_prompt_query_response(folder, method, prompt, positions):
-    """Vectors take the row's first places; pairs take none, but the row's positions begin behind them."""
+    """Vectors take the row's first places; pairs take none, but the row's positions begin behind them. Padding fills 16."""
     model, seen = prompted(folder, method), []
     model.gpt.wpe.register_forward_hook(lambda module, args, output: seen.extend(args[0].tolist()))
     batch = batch_of(model, [([5, 6], [7, 8])])
     table = [model.encoder.table[i] for i in prompt]
-    assert torch.equal(model.read(batch)[0][0], torch.stack([*table, *model.gpt.wte.weight[5:9]]))
+    row = model.read(batch)[0][0]
+    assert len(row) == 16 and torch.equal(row[:len(positions)], torch.stack([*table, *model.gpt.wte.weight[5:9]]))
     model(batch)
-    assert seen == positions
+    assert seen == [*range(positions[0], positions[0] + 16)]
 
 
 @every_method
@@ -135,7 +136,7 @@ def test_loss_is_the_cross_entropy_of_response_tokens(folder, method):
 
 @every_method
 def test_vocabulary_is_touched_twice(folder, method, monkeypatch):
-    """One look-up per batch, and one product with wte, of response positions only: these two decide the speed."""
+    """One look-up per batch, and one product with wte, of response positions only, padded to 64: these two decide the speed."""
     model, touched = prompted(folder, method), []
     batch = batch_of(model, EXAMPLES)
 
@@ -149,7 +150,7 @@ def test_vocabulary_is_touched_twice(folder, method, monkeypatch):
     watch("embedding", F.embedding)
     watch("linear", F.linear)
     model(batch)
-    assert touched == [("embedding", batch.ids.shape), ("linear", (len(batch.targets), WIDTH))]
+    assert touched == [("embedding", batch.ids.shape), ("linear", (64, WIDTH))]
 
 
 # ------------------------------------------------------------------------------------------- the same numbers in libraries
