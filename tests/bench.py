@@ -6,13 +6,14 @@
 
 The work: GPT-2 small's shape with random weights, dropout 0, real DailyDialog pairs, queries and responses up to 128 tokens.
 
-    ours        as train.py and evaluate.py do it: bfloat16 where it is fast, batches of similar length, fused AdamW, gradients clipped
+    ours        as train.py and evaluate.py do it: bfloat16 where it is fast, batches of similar length, fused AdamW, gradients clipped;
+                answers leave and queries enter while others are under way, never more than a batch at once
     as written  transformers as its users write it: float32, batches in shuffled order, labels=, torch.optim.AdamW as it comes
     at best     the same code with bfloat16 autocast and batches of similar length
 
 Before timing, both sides must compute the same loss (float32, 1e-3) or the same tokens. Every round draws new batches, one from
-each stretch of the epoch's batches in order of length, so that few stand for all; then the sides take turns, batch by batch, and the
-median over rounds counts.
+each stretch of the epoch's batches in order of length, so that few stand for all; then the sides, each in a process of its own, take
+turns, and the median over rounds counts.
 """
 import argparse
 import random
@@ -32,8 +33,9 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 from data import checkpoint_folder, encode_pairs, group_by_length, load_tokenizer, make_batch, make_pairs, read_dialogues  # noqa: E402
 from evaluate import choose_device  # noqa: E402
-from model import GPT  # noqa: E402
+from model import GPT, read_config  # noqa: E402
 from prompt_encoder import PromptedGPT  # noqa: E402
+from train import keep_memory  # noqa: E402
 
 LIMIT, EOT = 128, 50256
 GOALS = {"soft": (6, 3), "dynamic": (6, 3), "finetune": (5, 2.5), "prefix": (5, 2.5), "dialogprompt": (5, 2.5),    # as written, at best
@@ -52,9 +54,13 @@ class Ours(nn.Module):
         """[(query ids, response ids), ...] -> mean loss per response token."""
         return self.model(make_batch(examples, self.model.encoder.slots)) / sum(len(r) for _, r in examples)
 
-    def answer(self, examples):
-        """Greedy answers, each as long as its reference: no token is -1, so none ends early."""
-        return self.model.answer(make_batch(examples, self.model.encoder.slots, responses=False), [len(r) for _, r in examples], eot=-1)
+    def answer(self, examples, size):
+        """Greedy answers, size at a time, each as long as its reference: no token is -1, so none ends early."""
+        groups = group_by_length([(q, []) for q, _ in examples], size // 4)
+        order = [i for indices in groups for i in indices]
+        batches = (make_batch([examples[i] for i in indices], self.model.encoder.slots, responses=False) for indices in groups)
+        found = self.model.answer(batches, [len(examples[i][1]) for i in order], eot=-1, batch_size=size)
+        return [answer for _, answer in sorted(zip(order, found))]
 
 
 def pad(rows, value=0):
@@ -68,7 +74,9 @@ class Theirs(nn.Module):
 
     def __init__(self, folder, dtype):
         super().__init__()
-        from transformers import GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel, logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         self.gpt, self.dtype = GPT2LMHeadModel.from_pretrained(folder).train(), dtype
         self.gpt.requires_grad_(self.frozen is None)
         self.gpt.transformer.wte.requires_grad_(self.frozen != "all")
@@ -181,30 +189,38 @@ def copy_prompt(ours, theirs):
 # ------------------------------------------------------------------------------------------------------ what is measured
 
 def trainer(side, method, folder):
-    """A function that trains on one batch."""
+    """A function that trains on batches."""
     model = Ours(folder, method, SIDES[side]) if side == "ours" else THEIRS[method](folder, SIDES[side])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True if side == "ours" else None)
+    if side == "ours":
+        keep_memory()
 
-    def step(examples):
-        loss = model(examples)
-        loss.backward()
-        if side == "ours":
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-    return step
+    def run(batches):
+        for examples in batches:
+            loss = model(examples)
+            loss.backward()
+            if side == "ours":
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+    return run
 
 
-def answerer(side, folder):
-    return (Ours(folder, "finetune", SIDES[side]) if side == "ours" else Theirs(folder, SIDES[side])).answer
+def answerer(side, folder, size):
+    """A function that answers batches: theirs one after the other; ours lets the next queries in as answers are finished."""
+    if side == "ours":
+        model = Ours(folder, "finetune", SIDES[side])
+        return lambda batches: model.answer([example for batch in batches for example in batch], size)
+    model = Theirs(folder, SIDES[side])
+    return lambda batches: [model.answer(batch) for batch in batches]
 
 
 def check(row, folder, examples):
     """Both sides compute the same, in float32."""
     if row.startswith("generate"):
-        ours, theirs = (side.answer(examples) for side in (Ours(folder, "finetune", torch.float32), Theirs(folder, torch.float32)))
+        ours, theirs = Ours(folder, "finetune", torch.float32).answer(examples, 4), Theirs(folder, torch.float32).answer(examples)
         assert ours == theirs, f"{row}: ours {ours}, theirs {theirs}"
         return
     ours, theirs = Ours(folder, row, torch.float32), THEIRS[row](folder, torch.float32)
@@ -258,35 +274,38 @@ def peak(dtype, n=4096):
     return 2 * n ** 3 / min(seconds)
 
 
-def race(row, folder, config, examples, batches, rounds):
-    """-> for each side: pairs (or reference tokens) per second, and operations per second, medians over rounds."""
+def serve(side, row, folder, examples, batches):
+    """One side in a process of its own: for each seed that is asked for, a round of work -> seconds, units and operations."""
     answers, size = row.startswith("generate"), int(row.split("-")[1]) if row.startswith("generate") else 8
-    check(row, folder, draw("ours", examples, 4, 3, seed=0)[1])
-    if answers:
-        batches = max(1, batches * 16 // size)
-    runs = {side: answerer(side, folder) if answers else trainer(side, row, folder) for side in SIDES}
+    run = answerer(side, folder, size) if answers else trainer(side, row, folder)
+    config = read_config(Path(folder) / "config.json")
+    for seed in map(int, sys.stdin):
+        drawn = draw(side, examples, size, batches, seed, answers)
+        begun = time.perf_counter()
+        run(drawn)
+        seconds, work = time.perf_counter() - begun, [example for batch in drawn for example in batch]
+        print(seconds, sum(len(r) for _, r in work) if answers else len(work), flops(row, config, work), flush=True)
+
+
+def race(row, folder, command, rounds):
+    """-> for each side: pairs (or reference tokens) per second, and operations per second, medians over rounds."""
+    servers = {side: subprocess.Popen([*command, "--serve", side, row, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+               for side in SIDES}
     speeds = {side: [] for side in SIDES}
-    for run in runs.values():
-        run(draw("ours", examples, 4, 1, seed=0)[0])                        # warm up
-    for seed in range(1, rounds + 1):
-        seconds, drawn = dict.fromkeys(SIDES, 0.0), {side: draw(side, examples, size, batches, seed, answers) for side in SIDES}
-        for i in range(batches):
-            for side, run in runs.items():
-                begun = time.perf_counter()
-                run(drawn[side][i])
-                seconds[side] += time.perf_counter() - begun
-        for side, done in drawn.items():
-            work = [example for batch in done for example in batch]
-            units = sum(len(r) for _, r in work) if answers else len(work)
-            speeds[side].append((units / seconds[side], flops(row, config, work) / seconds[side]))
+    for seed in range(rounds + 1):
+        for side, server in servers.items():
+            print(seed, file=server.stdin, flush=True)
+            seconds, units, operations = map(float, server.stdout.readline().split())
+            if seed > 0:                                                    # the first round warms up
+                speeds[side].append((units / seconds, operations / seconds))
+    for server in servers.values():
+        server.communicate()
     return {side: [statistics.median(values) for values in zip(*speeds[side])] for side in SIDES}
 
 
 def peak_memory(side, folder, examples, batches):
     """Train soft on a sample of an epoch and on its longest batch -> GB that were resident at most (Linux), in a process of its own."""
-    step = trainer(side, "soft", folder)
-    for batch in draw(side, examples, 8, batches, seed=1) + draw(side, examples, 8, len(examples) // 8, seed=1)[-1:]:
-        step(batch)
+    trainer(side, "soft", folder)(draw(side, examples, 8, batches, 1) + draw(side, examples, 8, len(examples) // 8, 1)[-1:])
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6 * 1.024
 
 
@@ -303,17 +322,20 @@ def main():
     parser.add_argument("--batches", type=int, default=4, help="batches in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with batches of its own (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two layers, one batch, one round")
-    parser.add_argument("--memory", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)        # the process that measures one side
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)                    # SIDE FOLDER: these two are for
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)                     # SIDE ROW FOLDER: processes of one side
     args = parser.parse_args()
     examples = load_examples()
     if args.memory:
         print(peak_memory(*args.memory, examples, args.batches))
         return
-    from transformers import GPT2Config, GPT2LMHeadModel, logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if args.serve:
+        serve(*args.serve, examples, args.batches)
+        return
+    from transformers import GPT2Config, GPT2LMHeadModel
     if args.quick:
         args.batches, args.rounds = 1, 1
+    command = [sys.executable, __file__, "--batches", str(args.batches)]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         config = GPT2Config(n_layer=2 if args.quick else 12, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -329,12 +351,12 @@ def main():
               "|---|---:|---:|---:|---:|---:|---:|")
         for row in args.only:
             if row == "memory":
-                command = [sys.executable, __file__, "--batches", str(args.batches), "--memory"]
-                values = [float(subprocess.run([*command, side, folder], check=True, capture_output=True, text=True).stdout.split()[-1])
+                values = [float(subprocess.run([*command, "--memory", side, folder], check=True, capture_output=True, text=True).stdout)
                           for side in SIDES]
                 name, unit, shares, sign = "peak memory, train soft", "GB", "", "≤"
             else:
-                result = race(row, folder, config, examples, args.batches, args.rounds)
+                check(row, folder, draw("ours", examples, 4, 3, seed=0)[1])
+                result = race(row, folder, command, args.rounds)
                 values, operations = zip(*result.values())
                 shares = ", ".join(f"{o / peaks[dtype]:.0%}" for o, dtype in zip(operations, SIDES.values()))
                 name, unit, sign = (row.replace("-", ", batch "), "tokens/s", "≥") if row.startswith("generate") else (f"train {row}", "pairs/s", "≥")
