@@ -214,6 +214,24 @@ METHODS = {"finetune": NoPrompt, "soft": SoftPrompt, "dynamic": DynamicPrompt, "
            "p-tuning": PTuning, "prefix": Prefix, "dialogprompt": DialogPrompt}
 
 
+class LookUp(torch.autograd.Function):
+    """The word embedding wte (V, C) and ids (B, T) -> its rows (B, T, C), and wte once more, for the output layer.
+
+    Plain autograd would fill a gradient of wte's size for each of the two uses. This way the output layer's comes by here
+    on its way back, and the rows' few are added to it.
+    """
+
+    @staticmethod
+    def forward(ctx, wte, ids):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, wte), wte.view_as(wte)
+
+    @staticmethod
+    def backward(ctx, rows, wte):
+        ids, = ctx.saved_tensors
+        return wte.index_add_(0, ids.flatten(), rows.flatten(0, 1)), None
+
+
 class CrossEntropy(torch.autograd.Function):
     """Logits (N or more, V) and targets (N,) int64 -> the cross-entropy of the first N rows, summed.
 
@@ -268,8 +286,8 @@ class PromptedGPT(nn.Module):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def read(self, batch):
-        """Batch -> input embeddings (B, T + padding, C), the prompt's vectors in their slots, and its pairs or None."""
-        x = self.gpt.wte(batch.ids)                                                 # the only look-up: -> (B, T, C)
+        """Batch -> input embeddings (B, T + padding, C), the prompt's vectors in their slots; its pairs or None; and wte."""
+        x, wte = LookUp.apply(self.gpt.wte.weight, batch.ids)                       # the only look-up: -> (B, T, C)
         T, M = x.size(1), int(batch.query.max())
         columns = batch.prompt[:, None] + torch.arange(M, device=x.device)          # where the queries stand: (B, M),
         columns = columns.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2))     # padding might point past the row
@@ -280,22 +298,26 @@ class PromptedGPT(nn.Module):
             x = torch.where(is_slot[..., None], F.pad(vectors, (0, 0, 0, T - vectors.size(1))), x)
         kv = self.encoder.kv(self.gpt, query, batch.query)
         room = self.gpt.config.n_positions - T - (0 if kv is None else kv.size(-2))
-        return F.pad(x, (0, 0, 0, min(-T % 16, max(0, room)))), kv          # few lengths: on a CPU, each costs a kernel to compile
+        x = F.pad(x, (0, 0, 0, min(-T % 16, max(0, room))))         # few lengths: on a CPU, each costs a kernel to compile
+        return x, kv, wte
+
+    def logits(self, batch):
+        """Batch -> the logits (N + padding, V) at its N response positions, and nowhere else: V is large."""
+        with self.autocast():
+            x, kv, wte = self.read(batch)
+            hidden = self.gpt.transform(x, None if kv is None else Past(kv))[:, :batch.ids.size(1)]         # (B, T, C)
+            hidden = hidden.flatten(0, 1)[batch.where]                                                      # (N, C)
+            return F.linear(F.pad(hidden, (0, 0, 0, -len(hidden) % 64)), wte)       # again few shapes
 
     def forward(self, batch):
         """Batch -> the cross-entropy of its response tokens, summed: divide by their number for the mean."""
-        with self.autocast():
-            x, kv = self.read(batch)
-            hidden = self.gpt.transform(x, None if kv is None else Past(kv))[:, :batch.ids.size(1)]         # (B, T, C)
-            hidden = hidden.flatten(0, 1)[batch.where]                              # at response positions only: (N, C)
-            logits = self.gpt.logits(F.pad(hidden, (0, 0, 0, -len(hidden) % 64)))   # (N + padding, V), again few shapes
-        return CrossEntropy.apply(logits, batch.targets)
+        return CrossEntropy.apply(self.logits(batch), batch.targets)
 
     def answer(self, batches, max_new_tokens, eot, temperature=0.0, top_p=1.0, batch_size=64):
         """Batches of queries -> list of token lists, in their order; see `GPT.answer`."""
         def groups():
             for batch in batches:
-                x, kv = self.read(batch)
+                x, kv, _ = self.read(batch)
                 yield x, batch.prompt + batch.query, kv
 
         with self.autocast():

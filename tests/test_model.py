@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopPLogitsWarper
 
-from model import GPT, GPTConfig, Past, choose, is_conv1d
+from model import GPT, GPTConfig, Past, attend, choose, is_conv1d
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -234,6 +234,24 @@ def test_missing_files_are_os_errors_that_name_them(checkpoint):
         GPT.from_pretrained(folder / "nowhere")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_spelt_out_equals_pytorchs(masked):
+    """In bfloat16 with gradients on a CPU the formula is written out; its output and gradients are those of float32's kernel."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7 if masked else 5, 7 if masked else 5))
+    mask = torch.rand(2, 1, 5, 7) < 0.6 if masked else None
+    if masked:
+        mask[..., 0] = True
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (q, k, v)]
+        y = attend(*inputs, mask, 0.0)
+        y.backward(torch.ones_like(y).cumsum(-1))
+        results.append([y.dtype == dtype, y.float(), *(t.grad.float() for t in inputs)])
+    assert results[0][0] and results[1][0]
+    torch.testing.assert_close(results[0][1:], results[1][1:], atol=0.06, rtol=0.03)
+
+
 # --------------------------------------------------------------------------------------------------- generating text
 
 def greedy(model, query, new, eot):
@@ -298,6 +316,21 @@ def test_finished_rows_leave_and_each_token_costs_one_position(writer):
     hook.remove()
     written = [len(answer) + (len(answer) < 24) for answer in answers]                # the closing eot is written too
     assert shapes == [(12, 60)] + [(sum(n > step for n in written), 1) for step in range(1, 24)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_queries_enter_as_others_leave(batch_size, writer):
+    """Answers do not depend on the company, no more than batch_size are under way at once, and places do not stay empty."""
+    _, gpt, queries, eot = writer
+    expected, sizes = gpt.generate(queries, max_new_tokens=24, eot=eot), []
+    hook = gpt.h[0].register_forward_hook(lambda module, inputs, output: sizes.append((output.size(1) == 1, len(output))))
+    answers = gpt.generate(queries, 24, eot, batch_size=batch_size)
+    answers_to_short = gpt.generate([[1], [2], [3]], 24, eot, batch_size=batch_size)
+    hook.remove()
+    assert answers == expected and answers_to_short == [gpt.generate([[n]], 24, eot)[0] for n in (1, 2, 3)]
+    assert max(size for _, size in sizes) <= batch_size
+    steps = sum(max(0, len(answer) - (len(answer) == 24)) for answer in (*answers, *answers_to_short))
+    assert sum(one and size for one, size in sizes) >= steps > (batch_size > 1) * sum(one for one, _ in sizes)
 
 
 @pytest.mark.parametrize("queries, complaint", [([[1, 2], []], "no tokens"), ([[1] * 85], "n_positions")])

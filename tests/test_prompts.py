@@ -1,4 +1,5 @@
 """Every way of prompting: against PEFT and transformers with the same numbers, against rows worked out by hand, and what trains."""
+import contextlib
 from unittest import mock
 
 import peft
@@ -56,10 +57,9 @@ def batch_of(model, examples, responses=True):
 
 def logits_of(model, examples):
     """Examples -> the logits (N, V) from which `forward` computes its loss, without the padding behind them."""
-    seen = []
-    with torch.no_grad(), mock.patch.object(model.gpt, "logits", lambda x: seen.append(GPT.logits(model.gpt, x)) or seen[0]):
-        model(batch_of(model, examples))
-    return seen[0][:sum(len(r) for _, r in examples)].float()
+    batch = batch_of(model, examples)
+    with torch.no_grad():
+        return model.logits(batch)[:len(batch.targets)].float()
 
 
 def answers_of(model, queries, eot=EOT, max_new_tokens=6):
@@ -142,7 +142,7 @@ def test_vocabulary_is_touched_twice(folder, method, monkeypatch):
 
     def watch(name, function):
         def watched(x, weight, *args, **options):
-            if weight is model.gpt.wte.weight:
+            if weight.data_ptr() == model.gpt.wte.weight.data_ptr():
                 touched.append((name, x.shape))
             return function(x, weight, *args, **options)
         monkeypatch.setattr(F, name, watched)
@@ -151,6 +151,41 @@ def test_vocabulary_is_touched_twice(folder, method, monkeypatch):
     watch("linear", F.linear)
     model(batch)
     assert touched == [("embedding", batch.ids.shape), ("linear", (64, WIDTH))]
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_plain_autograd(folder, method, dtype):
+    """LookUp and CrossEntropy, which write gradients in place, change none of them."""
+    model, batch, found = prompted(folder, method, dtype=dtype), None, []
+    batch = batch_of(model, EXAMPLES * 30)                          # 300 response tokens: several parts, and padding
+    plain = {"LookUp": lambda wte, ids: (F.embedding(ids, wte), wte),
+             "CrossEntropy": lambda logits, targets: F.cross_entropy(logits[:len(targets)].float(), targets, reduction="sum")}
+    for patches in ({}, plain):
+        with contextlib.ExitStack() as stack:
+            for name, function in patches.items():
+                stack.enter_context(mock.patch(f"prompt_encoder.{name}.apply", function))
+            loss = model(batch)
+            (loss / len(batch.targets)).backward()
+        found.append([loss.detach(), *(p.grad for p in model.trained().values())])
+        model.zero_grad()
+    scale = max(t.abs().max() for t in found[1][1:])
+    for ours, expected in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=1e-5 if dtype == torch.float32 else 0.02,
+                                   atol=(1e-6 if dtype == torch.float32 else 0.02) * scale)
+
+
+@pytest.mark.parametrize("method", ["finetune", "prefix", "soft"])
+def test_padding_never_passes_n_positions(theirs, method, tmp_path):
+    """Rows are padded to a multiple of 16, but not beyond the GPT's last position: this one has 27."""
+    torch.manual_seed(2)
+    short = shake(GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=27, bos_token_id=EOT, eos_token_id=EOT, **SIZES)))
+    short.save_pretrained(tmp_path)
+    model = prompted(tmp_path, method)
+    query = list(range(1, {"finetune": 20, "prefix": 16, "soft": 10}[method]))
+    example = query, list(range(30, 30 + 27 - {"finetune": 0, "prefix": K, "soft": 9}[method] - len(query)))
+    close(logits_of(model, [example]), torch.cat([logits_of(model, [(query, example[1][:i + 1])])[-1:] for i in range(len(example[1]))]))
+    assert answers_of(model, [query], eot=-1, max_new_tokens=len(example[1]))[0]
 
 
 # ------------------------------------------------------------------------------------------- the same numbers in libraries

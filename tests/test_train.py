@@ -2,6 +2,7 @@
 and how it fails. All at the smallest setting: a GPT of random weights, 32 wide, and a few of the sample dialogues.
 """
 import contextlib
+import ctypes
 import functools
 import io
 import itertools
@@ -154,6 +155,21 @@ def assert_same_run(folder, other):
 
 
 # -------------------------------------------------------------------------------------------------------------- a whole run
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt") if sys.platform == "linux" else True, reason="for glibc")
+def test_memory_is_kept():
+    """Once allocated, memory serves again: the system is asked for no further page."""
+    code = """if True:
+        import resource, torch, train
+        train.keep_memory()
+        faults = []
+        for _ in range(20):
+            torch.ones(30_000_000)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        assert faults[-1] - faults[9] < 1000, faults"""
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True)
+    assert end.returncode == 0, end.stderr
+
 
 def test_the_command(small, finished, tmp_path):
     """It ends with a table and five examples, and does the same again in another process, to the bit."""
