@@ -51,19 +51,23 @@ def corpus_bleu(outputs, references, n=4):
     >>> round(corpus_bleu(["the cat sat down"], ["the cat sat down ."], n=2), 4)        # exp(1 - 5/4)
     0.7788
     """
+    return corpus_bleus(outputs, references, n)[-1]
+
+
+def corpus_bleus(outputs, references, n=4):
+    """[BLEU-1, ..., BLEU-n]: one count of the n-grams gives them all."""
     outputs, references = [tokenize(t) for t in outputs], [tokenize(t) for t in references]
-    logs = []
+    brevity = min(0, 1 - sum(map(len, references)) / max(1, sum(map(len, outputs))))
+    scores, logs = [], 0.0
     for order in range(1, n + 1):
         matches = total = 0
         for output, reference in zip(outputs, references):
             counts = ngrams(output, order)
             matches += (counts & ngrams(reference, order)).total()
             total += max(1, counts.total())             # as nltk has it: an output too short still counts 1
-        if matches == 0:
-            return 0.0
-        logs.append(math.log(matches / total))
-    length, expected = sum(map(len, outputs)), sum(map(len, references))
-    return math.exp(min(0, 1 - expected / length) + sum(logs) / n)
+        logs += math.log(matches / total) if matches else -math.inf
+        scores.append(math.exp(brevity + logs / order))
+    return scores
 
 
 def corpus_nist(outputs, references, n=5):
@@ -149,7 +153,7 @@ def all_metrics(outputs, references, training_responses, mean_loss):
              "length", "perplexity")
     if not outputs:
         return {"n": 0} | dict.fromkeys(names)
-    values = (*(corpus_bleu(outputs, references, n) for n in (1, 2, 3, 4)),
+    values = (*corpus_bleus(outputs, references),
               novelty(outputs, training_responses), diversity(outputs), distinct(outputs, 1), distinct(outputs, 2),
               corpus_nist(outputs, references), rouge_l(outputs, references),
               statistics.fmean(len(tokenize(o)) for o in outputs),
