@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Block, Past, attend, init_weights
+from model import Block, Dropout, Past, attend, init_weights
 
 
 class NoPrompt(nn.Module):
@@ -119,7 +119,7 @@ class DynamicPrompt(NoPrompt):
         super().__init__(gpt, length, layers)
         C = gpt.config.n_embd
         self.wpe = nn.Embedding(length, C)
-        self.drop = nn.Dropout(gpt.config.dropout)
+        self.drop = Dropout(gpt.config.dropout)
         self.h = nn.ModuleList(Block(gpt.config) for _ in range(layers))
         self.ln_f = nn.LayerNorm(C, eps=gpt.config.layer_norm_epsilon)
         self.apply(init_weights)
@@ -140,7 +140,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.drop = config.n_head, Dropout(config.dropout)
         self.q_attn = nn.Linear(config.n_embd, config.n_embd)
         self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -149,7 +149,7 @@ class CrossAttention(nn.Module):
         """x (B, k, C), context (B, M, C), mask (B, 1, 1, M) -> (B, k, C)."""
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                # (B, T, C) -> (B, H, T, D)
                    for t in (self.q_attn(x), *self.c_attn(context).chunk(2, dim=2)))
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, mask, self.drop)
         return self.c_proj(y.transpose(1, 2).flatten(2))                            # (B, H, k, D) -> (B, k, C)
 
 
@@ -184,7 +184,7 @@ class DialogPrompt(NoPrompt):
         self.n_head = c.n_head
         self.wte = nn.Embedding(length, c.n_embd)
         self.wpe = nn.Embedding(length, c.n_embd)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.h = nn.ModuleList(DialogBlock(c) for _ in range(c.n_layer - 1))
         self.ln_last = nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon)
         self.c_last = nn.Linear(c.n_embd, 2 * c.n_embd)                             # the last layer's keys and values

@@ -6,10 +6,11 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest import approx
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopPLogitsWarper
 
-from model import GPT, GPTConfig, Past, attend, choose, is_conv1d
+from model import GPT, Dropout, GPTConfig, Past, attend, choose, is_conv1d
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -84,8 +85,8 @@ def test_initialisation_has_the_spread_of_transformers():
     shape = {"vocab_size": 400, "n_positions": 100, "n_embd": 96, "n_layer": 5, "n_head": 3}
     theirs = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).transformer.state_dict()
     for name, t in GPT(GPTConfig(**shape)).state_dict().items():
-        assert t.std().item() == pytest.approx(theirs[name].std().item(), rel=0.05), name
-        assert t.mean().item() == pytest.approx(theirs[name].mean().item(), abs=0.001), name
+        assert t.std().item() == approx(theirs[name].std().item(), rel=0.05), name
+        assert t.mean().item() == approx(theirs[name].mean().item(), abs=0.001), name
 
 
 def test_dropout_falls_where_it_falls_in_transformers(tmp_path):
@@ -234,6 +235,23 @@ def test_missing_files_are_os_errors_that_name_them(checkpoint):
         GPT.from_pretrained(folder / "nowhere")
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.75])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_the_share_it_should(p, dtype):
+    """Independently of each other, and the gradient passes where the number did. Not in evaluation."""
+    torch.manual_seed(0)
+    drop, x = Dropout(p), torch.ones(1001, 1003, dtype=dtype, requires_grad=True)
+    y = drop(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, x.grad)
+    assert set(y.unique().tolist()) <= {0.0, y.max().item()} and y.max().item() == approx(1 / (1 - p), rel=0.01)
+    gone = (y == 0).double()
+    assert abs(gone.mean() - p) < 0.002
+    for other in (gone.roll(1), gone.roll(2), gone.roll(3), gone.roll(4), gone.roll(1, 0)):
+        assert abs((gone * other).mean() - p * p) < 0.002
+    assert torch.equal(drop.eval()(x), x)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_spelt_out_equals_pytorchs(masked):
     """In bfloat16 with gradients on a CPU the formula is written out; its output and gradients are those of float32's kernel."""
@@ -245,7 +263,7 @@ def test_attention_spelt_out_equals_pytorchs(masked):
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (q, k, v)]
-        y = attend(*inputs, mask, 0.0)
+        y = attend(*inputs, mask, Dropout(0.0))
         y.backward(torch.ones_like(y).cumsum(-1))
         results.append([y.dtype == dtype, y.float(), *(t.grad.float() for t in inputs)])
     assert results[0][0] and results[1][0]
