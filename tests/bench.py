@@ -279,8 +279,10 @@ def serve(side, row, folder, examples, batches):
     answers, size = row.startswith("generate"), int(row.split("-")[1]) if row.startswith("generate") else 8
     run = answerer(side, folder, size) if answers else trainer(side, row, folder)
     config = read_config(Path(folder) / "config.json")
+    if answers:
+        batches *= 64 // size                                               # 64 queries or more: the last to end are few among them
     for seed in map(int, sys.stdin):
-        drawn = draw(side, examples, size, batches, seed, answers)
+        drawn = draw(side, examples, size, batches if seed else 1, seed, answers)               # seed 0 warms up
         begun = time.perf_counter()
         run(drawn)
         seconds, work = time.perf_counter() - begun, [example for batch in drawn for example in batch]
@@ -296,7 +298,7 @@ def race(row, folder, command, rounds):
         for side, server in servers.items():
             print(seed, file=server.stdin, flush=True)
             seconds, units, operations = map(float, server.stdout.readline().split())
-            if seed > 0:                                                    # the first round warms up
+            if seed > 0:
                 speeds[side].append((units / seconds, operations / seconds))
     for server in servers.values():
         server.communicate()
