@@ -275,11 +275,12 @@ class GPT(nn.Module):
         group = next(groups, None)
         while True:
             while group and (not rows or len(rows) + len(group[0]) <= batch_size):
-                entering = range(len(answers), len(answers) + len(group[0]))
+                (x, lengths, kv), group = group, next(groups, None)
+                entering = range(len(answers), len(answers) + len(x))
                 answers += [[] for _ in entering]
                 rows += entering
-                last = torch.cat((last, self.enter(*group, [limit(row) for row in entering], cache, batch_size)))
-                group = next(groups, None)
+                places = max(len(rows), batch_size if group else 0)
+                last = torch.cat((last, self.enter(x, lengths, kv, [limit(row) for row in entering], cache, places)))
             if not rows:
                 return [answer[:limit(row)] for row, answer in enumerate(answers)]
             tokens, finished = choose(self.logits(last).float(), temperature, top_p), []    # (B, C) -> (B,)
@@ -301,7 +302,7 @@ class GPT(nn.Module):
                 last = self.transform(self.wte(tokens)[:, None], cache)[:, 0]               # (B, 1, C) -> (B, C)
                 cache.lengths += 1
 
-    def enter(self, x, lengths, kv, limits, cache, batch_size):
+    def enter(self, x, lengths, kv, limits, cache, places):
         """The first pass of a group, whose rows then join the cache -> hidden states of their last positions (b, C)."""
         H, C = self.config.n_head, self.config.n_embd
         if kv is None:
@@ -312,7 +313,7 @@ class GPT(nn.Module):
             raise ValueError(f"prompt, query and answer need {needed} positions, but the model's n_positions is "
                              f"{self.config.n_positions}")
         hidden = self.transform(x, first)
-        cache.join(first, P + lengths, max(batch_size, len(x)), max(needed, P + x.size(1)))
+        cache.join(first, P + lengths, places, max(needed, P + x.size(1)))
         return hidden[torch.arange(len(x), device=x.device), lengths - 1]
 
     # ---------------------------------------------------------------------------------------------- checkpoint folders

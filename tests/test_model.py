@@ -10,7 +10,7 @@ from pytest import approx
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopPLogitsWarper
 
-from model import GPT, Dropout, GPTConfig, Past, attend, choose, is_conv1d
+from model import GPT, Cache, Dropout, GPTConfig, Past, attend, choose, is_conv1d
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -349,6 +349,16 @@ def test_queries_enter_as_others_leave(batch_size, writer):
     assert max(size for _, size in sizes) <= batch_size
     steps = sum(max(0, len(answer) - (len(answer) == 24)) for answer in (*answers, *answers_to_short))
     assert sum(one and size for one, size in sizes) >= steps > (batch_size > 1) * sum(one for one, _ in sizes)
+
+
+def test_the_cache_has_room_for_what_is_there_and_no_more(writer, monkeypatch):
+    """One query alone does not pay for 64 places."""
+    _, gpt, queries, eot = writer
+    places, join = [], Cache.join
+    monkeypatch.setattr(Cache, "join", lambda cache, *args: (join(cache, *args), places.append(cache.layers[0][0].shape)))
+    gpt.generate(queries[:1], 7, eot)
+    gpt.generate(queries, 24, eot, batch_size=8)
+    assert places[0] == (1, 3, 10, 11) and {shape[0] for shape in places[1:]} == {8} and len(places) == 7
 
 
 @pytest.mark.parametrize("queries, complaint", [([[1, 2], []], "no tokens"), ([[1] * 85], "n_positions")])
