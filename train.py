@@ -29,7 +29,7 @@ from evaluate import (VERSION, Task, UsageError, build, choose_device, corpus_bl
 from model import load_plain, replace
 from prompt_encoder import METHODS
 
-LEARNING_RATES = {"finetune": 1e-3, "soft": 3e-3, "dynamic": 3e-3, "prompt-tuning": 3e-2, "p-tuning": 2e-3,
+LEARNING_RATES = {"finetune": 1e-3, "soft": 3e-3, "dynamic": 4e-3, "prompt-tuning": 3e-2, "p-tuning": 2e-3,
                   "prefix": 3e-3, "dialogprompt": 1e-3}
 NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # what may differ when a run is resumed
 
