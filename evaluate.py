@@ -275,7 +275,7 @@ def mean_loss(model, examples, batch_size=32):
     """Mean cross-entropy per response token; None without examples."""
     model.eval()
     mine, losses = share(examples), []
-    with torch.no_grad(), model.autocast():             # around all batches: trained weights are cast once
+    with torch.no_grad(), model.autocast():             # around all batches: trained weights, but for wte, are cast once
         for indices in group_by_length(mine, batch_size):
             losses.append(model(make_batch([mine[i] for i in indices], model.encoder.slots).to(model.device)))
     total = sum(gather([sum(torch.stack(losses).tolist()) if losses else 0.0]))

@@ -47,7 +47,7 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0 or x.device.type != "cpu" or x.dtype != torch.bfloat16:
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        kept = bits[:x.numel()].view(x.shape) >= self.p * 2**16 - 2**15
+        kept = bits[:x.numel()].view(x.shape) >= self.p * 2**16 - 2**15         # int16 begins at -2**15
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
@@ -264,7 +264,8 @@ class GPT(nn.Module):
         real, and key/value pairs (L, 2, b or 1, H, P, D) that stand before them, or None.
 
         A step reads all weights, for many rows or few. So a row leaves when it is finished, and the next group enters
-        when there are places for it: "continuous batching" (Yu et al. 2022, Orca, section 3.1).
+        when there are places for it: "continuous batching" (Yu et al. 2022, Orca, section 3.1). Groups of a quarter of
+        batch_size do well: smaller ones read the weights too often, larger ones wait too long.
         """
         def limit(row):
             return max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[row]
