@@ -10,6 +10,8 @@ from pytest import approx
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopPLogitsWarper
 
+from conftest import ROOT
+from data import load_tokenizer
 from model import GPT, Cache, Dropout, GPTConfig, Past, attend, choose, is_conv1d
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -268,6 +270,19 @@ def test_attention_spelt_out_equals_pytorchs(masked):
         results.append([y.dtype == dtype, y.float(), *(t.grad.float() for t in inputs)])
     assert results[0][0] and results[1][0]
     torch.testing.assert_close(results[0][1:], results[1][1:], atol=0.06, rtol=0.03)
+
+
+def test_bfloat16_rounds_logits_no_more_than_transformers_does():
+    """Both against float32, on real weights and text: the form of GELU that bfloat16 gets must not be seen in the sum."""
+    folder = ROOT / "tiny" / "tiny-gpt2"
+    text = (ROOT / "tiny" / "dialogues" / "test.txt").read_text(encoding="utf-8").replace("__eou__", "")
+    ids = torch.tensor(load_tokenizer(folder).encode(text)[:2048]).view(16, 128)
+    gpt, theirs = GPT.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        exact = theirs(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            errors = [(logits.float() - exact).square().mean().sqrt().item() for logits in (gpt(ids), theirs(ids).logits)]
+    assert 0 < errors[0] < 1.1 * errors[1]
 
 
 # --------------------------------------------------------------------------------------------------- generating text
