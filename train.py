@@ -130,6 +130,15 @@ def warm_up_and_decay(step, steps):
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
+def clip(parameters, optimizer):
+    """Shorten the gradient to a norm of 1 if it is longer, for the optimizer's next step."""
+    if parameters[0].device.type != "cpu":
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    else:           # the same in one pass, not three: a dot product is fast, and fused AdamW divides what it reads anyway
+        gradients = [p.grad.flatten() for p in parameters]
+        optimizer.grad_scale = torch.stack([torch.dot(g, g) for g in gradients]).sum().sqrt().clamp(min=1.0)
+
+
 class Diverged(ValueError):
     """The loss became NaN or infinite."""
 
@@ -184,7 +193,7 @@ def fit(config, task, device, dtype, folder, label=""):
                     dist.all_reduce(loss)
                 loss = loss.item()
                 check_loss(loss, step + 1, rate, folder)
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                clip(parameters, optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1

@@ -35,7 +35,7 @@ from data import checkpoint_folder, encode_pairs, group_by_length, load_tokenize
 from evaluate import choose_device  # noqa: E402
 from model import GPT, read_config  # noqa: E402
 from prompt_encoder import PromptedGPT  # noqa: E402
-from train import keep_memory  # noqa: E402
+from train import clip, keep_memory  # noqa: E402
 
 LIMIT, EOT = 128, 50256
 GOALS = {"soft": (6, 3), "dynamic": (6, 3), "finetune": (5, 2.5), "prefix": (5, 2.5), "dialogprompt": (5, 2.5),    # as written, at best
@@ -201,7 +201,7 @@ def trainer(side, method, folder):
             loss = model(examples)
             loss.backward()
             if side == "ours":
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                clip(parameters, optimizer)
             optimizer.step()
             optimizer.zero_grad()
             loss.item()

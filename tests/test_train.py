@@ -259,6 +259,25 @@ def test_epochs_0_scores_the_untouched_model(small, finished):
     assert results["test"]["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_clipped_steps_equal_pytorchs(scale):
+    """Three steps of AdamW after `clip` and after clip_grad_norm_, from gradients shorter and longer than 1."""
+    torch.manual_seed(0)
+    ours = [torch.randn(shape, requires_grad=True) for shape in ((50, 30), (30,), (7, 1, 3))]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    sides = [(p, torch.optim.AdamW(p, lr=0.1, eps=0.1, fused=True)) for p in (ours, theirs)]      # a large eps: Adam forgets no scale
+    for _ in range(3):
+        gradients = [torch.randn_like(p) * scale for p in ours]
+        for parameters, optimizer in sides:
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient.clone()
+        train.clip(*sides[0])
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        for _, optimizer in sides:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_the_learning_rate_rises_and_falls():
     assert [train.warm_up_and_decay(step, 1000) for step in (0, 49, 99, 550, 999)] == pytest.approx([0.01, 0.5, 1, 0.5, 1 / 900])
     assert [train.warm_up_and_decay(step, 20) for step in (0, 1, 2, 11, 19)] == pytest.approx([0.5, 1, 1, 0.5, 1 / 18])
