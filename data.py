@@ -344,13 +344,14 @@ def make_batch(examples, slots, responses=True):
                  torch.tensor([t for _, r in examples for t in r] if responses else [], dtype=torch.int64))
 
 
-def group_by_length(examples, batch_size, seed=None):
-    """Indices of examples in batches of similar length, so that little is padding: longest first, or shuffled by seed."""
+def group_by_length(examples, batch_size, seed=None, slots=lambda m: 0):
+    """Indices of examples in batches of rows of similar length, so that little is padding: longest first, or shuffled by
+    seed. slots: as in `make_batch`."""
     order = list(range(len(examples)))
     shuffle = random.Random(seed)
     if seed is not None:
         shuffle.shuffle(order)                          # pairs of equal length meet others in each epoch
-    order.sort(key=lambda i: -sum(map(len, examples[i])))
+    order.sort(key=lambda i: -sum(map(len, examples[i])) - slots(len(examples[i][0])))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     if seed is not None:
         shuffle.shuffle(batches)

@@ -276,7 +276,7 @@ def mean_loss(model, examples, batch_size=32):
     model.eval()
     mine, losses = share(examples), []
     with torch.no_grad(), model.autocast():             # around all batches: trained weights, but for wte, are cast once
-        for indices in group_by_length(mine, batch_size):
+        for indices in group_by_length(mine, batch_size, slots=model.encoder.slots):
             losses.append(model(make_batch([mine[i] for i in indices], model.encoder.slots).to(model.device)))
     total = sum(gather([sum(torch.stack(losses).tolist()) if losses else 0.0]))
     return total / sum(len(response) for _, response in examples) if examples else None

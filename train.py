@@ -177,8 +177,9 @@ def fit(config, task, device, dtype, folder, label=""):
         train_loss = seconds = rate = None
         if epoch > 0:
             model.train()
-            torch.manual_seed((config["seed"] * 1_000_003 + epoch) * 1009 + rank)               # dropout
-            for indices in group_by_length(train, config["batch_size"], seed=config["seed"] * 1_000_003 + epoch):
+            seed = config["seed"] * 1_000_003 + epoch
+            torch.manual_seed(seed * 1009 + rank)                                               # dropout
+            for indices in group_by_length(train, config["batch_size"], seed, model.encoder.slots):
                 rate = config["lr"] * warm_up_and_decay(step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate

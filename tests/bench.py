@@ -230,15 +230,17 @@ def check(row, folder, examples):
     assert abs(losses[0] / losses[1] - 1) < 1e-3, f"{row}: ours {losses[0]}, theirs {losses[1]}"
 
 
-def draw(side, examples, size, n, seed, answers=False):
+def draw(side, row, examples, size, n, seed):
     """n batches of an epoch, one from each stretch of its batches in order of their longest row. Both sides that group get the same ones."""
-    known = [(q, []) for q, _ in examples] if answers else examples         # before it answers, nobody knows how long the answers are
-    batches = group_by_length(known, size, seed)
+    known, slots = examples, (lambda m: m) if row in ("soft", "dynamic") else (lambda m: 0)
+    if row.startswith("generate"):
+        known = [(q, []) for q, _ in examples]                              # before it answers, nobody knows how long the answers are
+    batches = group_by_length(known, size, seed, slots)
     if side == "as written":
         order = [i for batch in batches for i in batch]
         random.Random(seed).shuffle(order)
         batches = [order[i:i + size] for i in range(0, len(order), size)]
-    batches.sort(key=lambda batch: max(sum(map(len, known[i])) for i in batch))
+    batches.sort(key=lambda batch: max(slots(len(known[i][0])) + sum(map(len, known[i])) for i in batch))
     chosen = [random.Random(seed + i).choice(batches[len(batches) * i // n:len(batches) * (i + 1) // n]) for i in range(n)]
     return [[examples[i] for i in batch] for batch in chosen]
 
@@ -282,7 +284,7 @@ def serve(side, row, folder, examples, batches):
     if answers:
         batches *= 64 // size                                               # 64 queries or more: the last to end are few among them
     for seed in map(int, sys.stdin):
-        drawn = draw(side, examples, size, batches if seed else 1, seed, answers)               # seed 0 warms up
+        drawn = draw(side, row, examples, size, batches if seed else 1, seed)                   # seed 0 warms up
         begun = time.perf_counter()
         run(drawn)
         seconds, work = time.perf_counter() - begun, [example for batch in drawn for example in batch]
@@ -307,7 +309,7 @@ def race(row, folder, command, rounds):
 
 def peak_memory(side, folder, examples, batches):
     """Train soft on a sample of an epoch and on its longest batch -> GB that were resident at most (Linux), in a process of its own."""
-    trainer(side, "soft", folder)(draw(side, examples, 8, batches, 1) + draw(side, examples, 8, len(examples) // 8, 1)[-1:])
+    trainer(side, "soft", folder)(draw(side, "soft", examples, 8, batches, 1) + draw(side, "soft", examples, 8, len(examples) // 8, 1)[-1:])
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6 * 1.024
 
 
@@ -357,7 +359,7 @@ def main():
                           for side in SIDES]
                 name, unit, shares, sign = "peak memory, train soft", "GB", "", "≤"
             else:
-                check(row, folder, draw("ours", examples, 4, 3, seed=0)[1])
+                check(row, folder, draw("ours", row, examples, 4, 3, seed=0)[1])
                 result = race(row, folder, command, args.rounds)
                 values, operations = zip(*result.values())
                 shares = ", ".join(f"{o / peaks[dtype]:.0%}" for o, dtype in zip(operations, SIDES.values()))

@@ -353,12 +353,12 @@ def test_every_response_token_is_predicted_from_the_place_before_it(examples, sl
 
 
 @settings(deadline=None)
-@given(examples=examples, size=st.integers(1, 10), seed=st.none() | st.integers(0, 9))
-def test_batches_are_a_permutation_of_similar_lengths(examples, size, seed):
-    batches = group_by_length(examples, size, seed)
+@given(examples=examples, size=st.integers(1, 10), seed=st.none() | st.integers(0, 9), slots=st.sampled_from([lambda m: 4, lambda m: m]))
+def test_batches_are_a_permutation_of_similar_lengths(examples, size, seed, slots):
+    batches = group_by_length(examples, size, seed, slots)
     assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
     assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1) and max(map(len, batches)) <= size
-    lengths = [[len(q) + len(r) for q, r in (examples[i] for i in batch)] for batch in batches]
+    lengths = [[slots(len(q)) + len(q) + len(r) for q, r in (examples[i] for i in batch)] for batch in batches]
     if seed is None:
         assert lengths == sorted(lengths, reverse=True)
     for a, b in itertools.combinations(sorted(lengths, key=lambda batch: (max(batch), min(batch))), 2):
