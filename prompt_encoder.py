@@ -269,7 +269,7 @@ class PromptedGPT(nn.Module):
                  dtype=torch.float32):
         super().__init__()
         encoder = METHODS[method]
-        self.gpt, self.dtype = gpt, dtype
+        self.gpt, self.dtype, self.max_query = gpt, dtype, max_query
         length = (prompt_length or encoder.default_length) if encoder.default_length else max_query
         self.encoder = encoder(gpt, length, controller_layers)
         gpt.requires_grad_(encoder.trains_gpt)
@@ -289,6 +289,7 @@ class PromptedGPT(nn.Module):
         """Batch -> input embeddings (B, T + padding, C), the prompt's vectors in their slots; its pairs or None; and wte."""
         x, wte = LookUp.apply(self.gpt.wte.weight, batch.ids)                       # the only look-up: -> (B, T, C)
         T, M = x.size(1), int(batch.query.max())
+        M = max(M, min(M + -M % 16, T, self.max_query))             # few lengths: on a CPU, each costs a kernel to compile
         columns = batch.prompt[:, None] + torch.arange(M, device=x.device)          # where the queries stand: (B, M),
         columns = columns.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2))     # padding might point past the row
         query = x.gather(1, columns)                                                # (B, M, C)
@@ -298,7 +299,7 @@ class PromptedGPT(nn.Module):
             x = torch.where(is_slot[..., None], F.pad(vectors, (0, 0, 0, T - vectors.size(1))), x)
         kv = self.encoder.kv(self.gpt, query, batch.query)
         room = self.gpt.config.n_positions - T - (0 if kv is None else kv.size(-2))
-        x = F.pad(x, (0, 0, 0, min(-T % 16, max(0, room))))         # few lengths: on a CPU, each costs a kernel to compile
+        x = F.pad(x, (0, 0, 0, min(-T % 16, max(0, room))))
         return x, kv, wte
 
     def logits(self, batch):
