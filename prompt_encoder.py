@@ -6,7 +6,8 @@ of the doors (`vectors` or `kv`). The story: a table of vectors (PromptTuning), 
 the same table seen through an LSTM (PTuning) or turned into pairs (Prefix); then the prompts that depend on what was
 just said (DynamicPrompt, DialogPrompt).
 
-Shape letters as in model.py; m is the number of tokens in a query, M the largest m of a batch, k a fixed prompt length.
+Shape letters as in model.py; m is the number of tokens in a query, M the width of a batch of queries with its padding, k a
+fixed prompt length.
 """
 import torch
 import torch.nn as nn
@@ -299,7 +300,7 @@ class PromptedGPT(nn.Module):
             x = torch.where(is_slot[..., None], F.pad(vectors, (0, 0, 0, T - vectors.size(1))), x)
         kv = self.encoder.kv(self.gpt, query, batch.query)
         room = self.gpt.config.n_positions - T - (0 if kv is None else kv.size(-2))
-        x = F.pad(x, (0, 0, 0, min(-T % 16, max(0, room))))
+        x = F.pad(x, (0, 0, 0, min(-T % 16, max(0, room))))                         # again few lengths
         return x, kv, wte
 
     def logits(self, batch):
