@@ -286,7 +286,9 @@ def search(config, task, device, dtype, folder):
 
 def keep_memory():
     """Let the memory of freed tensors wait for the next ones. Linux's C library gives large blocks back at once, and to get
-    fresh ones, page by page and cleared, costs a quarter of a step on a CPU where the word embeddings are trained."""
+    fresh ones, page by page and cleared, costs a quarter of a step on a CPU where the word embeddings are trained. To be
+    called before the first tensor is made."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")          # for PyTorch: pages of 2 MB for large tensors, not of 4 KB
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):                                # musl, another C library, has none
         libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no block is asked from the system by itself

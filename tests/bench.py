@@ -1,6 +1,6 @@
 """Ours against transformers and peft on the same work, side by side in one run, as a Markdown table.
 
-    python tests/bench.py                                # all rows, about ten minutes on two cores
+    python tests/bench.py                                # all rows, a quarter of an hour on two cores
     python tests/bench.py --only soft generate-16        # some rows
     python tests/bench.py --quick                        # a smoke run: two layers, one batch, numbers mean nothing
 
@@ -190,11 +190,11 @@ def copy_prompt(ours, theirs):
 
 def trainer(side, method, folder):
     """A function that trains on batches."""
+    if side == "ours":
+        keep_memory()
     model = Ours(folder, method, SIDES[side]) if side == "ours" else THEIRS[method](folder, SIDES[side])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True if side == "ours" else None)
-    if side == "ours":
-        keep_memory()
 
     def run(batches):
         for examples in batches:
@@ -283,8 +283,8 @@ def serve(side, row, folder, examples, batches):
     config = read_config(Path(folder) / "config.json")
     if answers:
         batches *= 64 // size                                               # 64 queries or more: the last to end are few among them
-    for seed in map(int, sys.stdin):
-        drawn = draw(side, row, examples, size, batches if seed else 1, seed)                   # seed 0 warms up
+    for seed in map(int, sys.stdin):                                        # seed 0 warms up
+        drawn = draw(side, row, examples, size, batches, seed)
         begun = time.perf_counter()
         run(drawn)
         seconds, work = time.perf_counter() - begun, [example for batch in drawn for example in batch]
