@@ -68,14 +68,17 @@ def attend(q, k, v, mask, dropout):
 
 
 class Linear(nn.Linear):
-    """x (..., in) -> (..., out). Where a CPU has no gradient to compute, as y^T = W x^T + b: it multiplies without rearranging
-    W first, a third of the time for few rows. What comes out is transposed in memory, for those whom that does not disturb."""
+    """nn.Linear, but where no gradient is wanted, a CPU computes the transpose y^T = W x^T + b: (out, in) (in, N) -> (out, N).
+
+    With W on the left PyTorch need not rearrange it for every product: a third of the time when rows are few, as in
+    answering. y lies transposed in memory; attention would have to copy its q, k and v, so these come from an nn.Linear.
+    """
 
     def forward(self, x):
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return super().forward(x)
-        columns = x.flatten(0, -2).t()
-        return torch.addmm(self.bias[:, None], self.weight, columns).t().unflatten(0, x.shape[:-1])
+        y = torch.addmm(self.bias[:, None], self.weight, x.reshape(-1, self.in_features).t())   # (out, N)
+        return y.t().reshape(*x.shape[:-1], self.out_features)
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, T
 
 from conftest import ROOT
 from data import load_tokenizer
-from model import GPT, Cache, Dropout, GPTConfig, Past, attend, choose, is_conv1d
+from model import GPT, Cache, Dropout, GPTConfig, Linear, Past, attend, choose, is_conv1d
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -81,6 +81,18 @@ def test_gradients(tmp_path):
         grad = theirs[name].grad
         grad = grad.t() if is_conv1d(name) else grad
         torch.testing.assert_close(p.grad, grad, atol=1e-4, rtol=1e-3, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (5, 7), (3, 1, 7), (3, 4, 7), (2, 3, 4, 7), (0, 7)], ids=str)
+def test_linear_without_gradients(shape):
+    layer, x = Linear(7, 3), torch.randn(shape)
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        y = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            coarse = layer(x)
+    assert y.shape == expected.shape and torch.allclose(y, expected, atol=1e-6)
+    assert coarse.dtype == torch.bfloat16 and torch.allclose(coarse.float(), expected, atol=0.05)
 
 
 def test_initialisation_has_the_spread_of_transformers():
