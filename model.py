@@ -70,8 +70,8 @@ def attend(q, k, v, mask, dropout):
 class Linear(nn.Linear):
     """nn.Linear, but where no gradient is wanted, a CPU computes the transpose y^T = W x^T + b: (out, in) (in, N) -> (out, N).
 
-    With W on the left PyTorch need not rearrange it for every product: a third of the time when rows are few, as in
-    answering. y lies transposed in memory; attention would have to copy its q, k and v, so these come from an nn.Linear.
+    With W on the left PyTorch need not rearrange it for every product, which takes a third of the time when rows are few,
+    as in answering. y lies transposed in memory; attention would have to copy its q, k and v, so these come from an nn.Linear.
     """
 
     def forward(self, x):
