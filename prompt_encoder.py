@@ -300,7 +300,7 @@ class PromptedGPT(nn.Module):
             x = torch.where(is_slot[..., None], F.pad(vectors, (0, 0, 0, T - vectors.size(1))), x)
         kv = self.encoder.kv(self.gpt, query, batch.query)
         room = self.gpt.config.n_positions - T - (0 if kv is None else kv.size(-2))
-        x = F.pad(x, (0, 0, 0, min(-T % 16, max(0, room))))                         # again few lengths
+        x = F.pad(x, (0, 0, 0, min(-T % 8, max(0, room))))                          # again few lengths
         return x, kv, wte
 
     def logits(self, batch):

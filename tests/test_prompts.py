@@ -89,15 +89,15 @@ def close(ours, theirs, tolerance=1e-4):
     ("finetune", [], [0, 1, 2, 3]), ("soft", [0, 1], [0, 1, 2, 3, 4, 5]),
     ("prompt-tuning", [0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]), ("prefix", [], [4, 5, 6, 7])])
 def test_a_row_is_prompt_query_response(folder, method, prompt, positions):
-    """Vectors take the row's first places; pairs take none, but the row's positions begin behind them. Padding fills 16."""
+    """Vectors take the row's first places; pairs take none, but the row's positions begin behind them. Padding fills 8."""
     model, seen = prompted(folder, method), []
     model.gpt.wpe.register_forward_hook(lambda module, args, output: seen.extend(args[0].tolist()))
     batch = batch_of(model, [([5, 6], [7, 8])])
     table = [model.encoder.table[i] for i in prompt]
     row = model.read(batch)[0][0]
-    assert len(row) == 16 and torch.equal(row[:len(positions)], torch.stack([*table, *model.gpt.wte.weight[5:9]]))
+    assert len(row) == 8 and torch.equal(row[:len(positions)], torch.stack([*table, *model.gpt.wte.weight[5:9]]))
     model(batch)
-    assert seen == [*range(positions[0], positions[0] + 16)]
+    assert seen == [*range(positions[0], positions[0] + 8)]
 
 
 @every_method
@@ -177,7 +177,7 @@ def test_gradients_are_those_of_plain_autograd(folder, method, dtype):
 
 @pytest.mark.parametrize("method", ["finetune", "prefix", "soft"])
 def test_padding_never_passes_n_positions(theirs, method, tmp_path):
-    """Rows are padded to a multiple of 16, but not beyond the GPT's last position: this one has 27."""
+    """Rows are padded to a multiple of 8, but not beyond the GPT's last position: this one has 27."""
     torch.manual_seed(2)
     short = shake(GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=27, bos_token_id=EOT, eos_token_id=EOT, **SIZES)))
     short.save_pretrained(tmp_path)
