@@ -40,7 +40,11 @@ DAILYDIALOG_SHA256 = {"train": "c5179ab5a9a86a77b9d29114087c6b82cc4cb366abea25a4
 
 def cache_folder():
     """Where downloads are kept; the environment variable DYNAMIC_PROMPT_CACHE moves it."""
-    return Path(os.environ.get("DYNAMIC_PROMPT_CACHE") or Path.home() / ".cache" / "dynamic-prompt")
+    try:
+        return Path(os.environ.get("DYNAMIC_PROMPT_CACHE") or Path.home() / ".cache" / "dynamic-prompt")
+    except RuntimeError:
+        raise OSError("there is no home directory to keep downloads in: set the environment variable "
+                      "DYNAMIC_PROMPT_CACHE to a folder") from None
 
 
 def hub(path):

@@ -10,6 +10,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -61,7 +62,7 @@ def corpus_bleus(outputs, references, n=4):
     scores, logs = [], 0.0
     for order in range(1, n + 1):
         matches = total = 0
-        for output, reference in zip(outputs, references):
+        for output, reference in zip(outputs, references, strict=True):
             counts = ngrams(output, order)
             matches += (counts & ngrams(reference, order)).total()
             total += max(1, counts.total())             # as nltk has it: an output too short still counts 1
@@ -84,7 +85,7 @@ def corpus_nist(outputs, references, n=5):
     score = 0.0
     for order in range(1, n + 1):
         gain = total = 0
-        for output, reference in zip(outputs, references):
+        for output, reference in zip(outputs, references, strict=True):
             found = ngrams(output, order)
             total += found.total()
             gain += sum(count * math.log2((counts[gram[:-1]] if order > 1 else words) / counts[gram])
@@ -113,7 +114,8 @@ def rouge_l(outputs, references):
         precision, recall = best[-1] / max(1, len(output)), best[-1] / max(1, len(reference))
         return 2 * precision * recall / (precision + recall) if best[-1] else 0.0
 
-    return statistics.fmean(f1(tokenize(o), tokenize(r)) for o, r in zip(outputs, references))
+    scores = [f1(tokenize(o), tokenize(r)) for o, r in zip(outputs, references, strict=True)]
+    return statistics.fmean(scores) if scores else 0.0
 
 
 def novelty(outputs, training_responses):
@@ -123,7 +125,7 @@ def novelty(outputs, training_responses):
     0.5
     """
     known = {response.strip() for response in training_responses}
-    return sum(output.strip() not in known for output in outputs) / len(outputs)
+    return sum(output.strip() not in known for output in outputs) / max(1, len(outputs))
 
 
 def diversity(outputs):
@@ -132,7 +134,7 @@ def diversity(outputs):
     >>> diversity(["Yes.", "No.", "Yes.", "Yes."])
     0.5
     """
-    return len({output.strip() for output in outputs}) / len(outputs)
+    return len({output.strip() for output in outputs}) / max(1, len(outputs))
 
 
 def distinct(outputs, n):
@@ -185,6 +187,9 @@ def key(query):
 # --------------------------------------------------------------------------------------------------- scoring a model
 
 VERSION = 1                                             # of a run's folder
+LABELS = {"version": int, "method": str, "model": str, "data": str, "fraction": (int, float), "turns": int, "pairs": str}
+SETTINGS = {"dtype": str, "dropout": (int, float), "max_query": int, "max_response": int, "controller_layers": int,
+            "prompt_length": (int, type(None)), "train_embeddings": (bool, type(None))}
 MAX_NEW_TOKENS = 40
 
 
@@ -212,7 +217,7 @@ def choose_device(device, dtype):
     kind, colon, index = device.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}.get(kind, 0)
     if colon and not index.isdecimal() or int(index or 0) >= there:
-        raise ValueError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
+        raise UsageError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
     if dtype != "auto":
         return torch.device(device), getattr(torch, dtype), f"--dtype {dtype}"
     if kind == "cuda":
@@ -316,37 +321,40 @@ def write_text(path, text):
 
 
 def read_json(path, needed):
-    """A JSON object from a run's folder, with the keys it needs."""
+    """A JSON object from a run's folder, with the keys it needs and the types of their values."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: expected the folder of a finished run") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    missing = [k for k in needed if not isinstance(contents, dict) or k not in contents]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: was it written by another version of this project?")
+    wrong = [k for k, kind in needed.items() if not isinstance(contents, dict) or not isinstance(contents.get(k, ...), kind)]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}, or has another type there: was it written by another version "
+                         "of this project?")
     return contents
 
 
-def read_settings(folder):
-    config = read_json(folder / "config.json", ("version", "method", "model", "data", "fraction", "turns", "pairs"))
+def read_settings(folder, more={}):
+    config = read_json(folder / "config.json", LABELS | more)
     if config["version"] != VERSION:
         raise ValueError(f"{folder / 'config.json'} is of version {config['version']}, expected {VERSION}")
+    if config["method"] not in METHODS:
+        raise ValueError(f"{folder / 'config.json'}: method is {config['method']!r}, expected one of {', '.join(METHODS)}")
     return config
 
 
 def load_checkpoint(path, needed):
     """best.pt or last.pt of a run."""
     state = load_plain(path)
-    if not isinstance(state, dict) or not needed <= state.keys():
+    if not isinstance(state, dict) or not needed <= state.keys() or not isinstance(state["trained"], dict):
         raise ValueError(f"{path} is not a checkpoint of this project")
     return state
 
 
 def load_run(folder, device="auto", dtype="auto"):
     """A run's folder -> (settings, model with its best weights, what best.pt says of itself)."""
-    config = read_settings(folder)
+    config = read_settings(folder, SETTINGS)
     device, dtype, _ = choose_device(device, config["dtype"] if dtype == "auto" else dtype)
     model = build(config, dtype)
     if not (folder / "best.pt").exists():
@@ -396,7 +404,11 @@ def finished_runs(path):
     files = sorted(Path(path).rglob("results.json"))
     if not files:
         raise FileNotFoundError(f"{path} holds no finished run (no results.json below it)")
-    return [(read_settings(file.parent), read_json(file, ("test", "test_unseen"))) for file in files]
+    runs = [(read_settings(file.parent), read_json(file, {"test": dict, "test_unseen": dict})) for file in files]
+    for file, (_, results) in zip(files, runs):
+        if not {"n", *COLUMNS} <= results["test"].keys() & results["test_unseen"].keys():
+            raise ValueError(f"{file} lacks metrics: was it written by another version of this project?")
+    return runs
 
 
 def ablation(config):
@@ -452,7 +464,8 @@ def plot(path):
     lines = defaultdict(lambda: defaultdict(list))
     for config, results in finished_runs(path):
         name = config["data"] + context(config), config["method"] + ablation(config), config["model"]
-        lines[name][config["fraction"]].append(results["test"])
+        if results["test"]["n"]:                        # without test pairs, its metrics are null
+            lines[name][config["fraction"]].append(results["test"])
     data, methods, models = ({k[i]: None for k in sorted(lines)} for i in range(3))
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for panel, metric in zip(panels, ("bleu4", "novelty", "diversity")):
@@ -519,16 +532,17 @@ def report(results, examples=()):
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """The command line asks for something that cannot be."""
 
 
 def run_command(main):
     """Run main(); what a user can cause ends in one sentence: status 2 for usage, 1 for data, checkpoint or folder."""
+    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")      # who starts us may close them
     sys.stdout.reconfigure(errors="replace")            # a log file on Windows cannot hold every character
     try:
         main()
-    except (UsageError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
@@ -549,7 +563,7 @@ def main():
     add("--temperature", type=float, default=0.0, help="for --chat: 0 is greedy, 1 samples from the model's own distribution" + shown)
     add("--top-p", type=float, default=1.0, help="for --chat: sample from this share of the probability" + shown)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..." + shown)
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the products; auto: the run's")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the products; auto: as the run was asked for")
     args = parser.parse_args()
     if args.temperature < 0 or not math.isfinite(args.temperature):
         parser.error(f"--temperature {args.temperature}: expected 0 or more")

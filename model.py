@@ -4,7 +4,7 @@ The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn
 
 Shape letters, the same in every file of this project:
     B batch    T tokens    S keys, those of the past included    C embedding width    H heads    D = C / H    L layers
-    V vocabulary    P, m prompt length
+    V vocabulary    P prompt length
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -55,7 +55,7 @@ def attend(q, k, v, mask, dropout):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D). mask None: the causal triangle. dropout: a module.
 
     softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, equation 1): spelt out where that is twice as fast as PyTorch's
-    kernel, which never holds all T * S scores at once: in training on a CPU, on rows as short as dialogue's.
+    kernel, which never holds all T * S scores at once: in bfloat16 training on a CPU, on rows as short as dialogue's.
     """
     T, S = q.size(2), k.size(2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and S <= 256:
@@ -238,14 +238,16 @@ class GPT(nn.Module):
     def transform(self, x, past=None):
         """Input embeddings (B, T, C), without positions -> last hidden states (B, T, C).
 
-        The door for prompts: vectors enter as part of x, key/value pairs as a `Past`.
+        The door for prompts: vectors enter as part of x, key/value pairs as a `Past`. Raises ValueError for more positions
+        than the model has.
         """
-        if past is None:
-            positions, mask = torch.arange(x.size(1), device=x.device), None
-        else:
-            positions = past.positions(x.size(1))                                           # (T,) or (B, T)
-            everyone = torch.arange(int(positions.max()) + 1, device=x.device)              # (S,)
-            mask = (everyone <= positions[..., None]).view(-1, 1, x.size(1), len(everyone))         # (1 or B, 1, T, S)
+        T, mask = x.size(1), None
+        positions = torch.arange(T, device=x.device) if past is None else past.positions(T)             # (T,) or (B, T)
+        S = T if past is None else int(positions.max()) + 1
+        if S > self.config.n_positions:
+            raise ValueError(f"{S} positions are asked for, but the model's n_positions is {self.config.n_positions}")
+        if past is not None:
+            mask = (torch.arange(S, device=x.device) <= positions[..., None]).view(-1, 1, T, S)         # (1 or B, 1, T, S)
         x = self.drop(x.to(self.ln_f.weight.dtype) + self.wpe(positions))       # the residual stream: float32, as norms are
         for layer, block in enumerate(self.h):
             x = block(x, mask, past and functools.partial(past.extend, layer))
@@ -402,7 +404,7 @@ def some(names):
 
 def choose(logits, temperature, top_p):
     """Logits (b, V) -> the next token of each row (b,): the likeliest, or drawn from the top_p nucleus."""
-    if temperature == 0:
+    if temperature < 1e-6:                              # 0, or so little that to divide by it would overflow
         return logits.max(dim=-1).indices               # argmax takes twice as long on a CPU
     probs, ids = F.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
     probs[probs.cumsum(dim=-1) - probs >= top_p] = 0            # what stands before a token already fills the nucleus

@@ -31,6 +31,7 @@ from prompt_encoder import METHODS
 
 LEARNING_RATES = {"finetune": 1e-3, "soft": 3e-3, "dynamic": 4e-3, "prompt-tuning": 3e-2, "p-tuning": 2e-3,
                   "prefix": 3e-3, "dialogprompt": 1e-3}
+RUN_FILES = ("results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt", "config.json")
 NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # what may differ when a run is resumed
 
 
@@ -61,7 +62,7 @@ def parse_arguments():
     add("--controller-layers", type=number(int, 1, 1000), default=2, help="depth of dynamic's controller" + shown)
     add("--epochs", type=number(int, 0, 10**6), default=8, help="at most this many; 0 tests the untouched model" + shown)
     add("--patience", type=number(int, 1, 10**6), default=8,
-        help="stop after this many epochs without a better validation BLEU4" + shown)
+        help="stop after this many epochs without a better one (validation BLEU4, then loss)" + shown)
     add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes" + shown)
     add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
         + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES.items()) + ")")
@@ -77,7 +78,7 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="replace the run in the folder")
     add("--max-query", type=number(int, 1, 10**6), default=128, help="tokens kept of a query, from its end" + shown)
     add("--max-response", type=number(int, 1, 10**6), default=128,
-        help="tokens kept of a response, from its start" + shown)
+        help="tokens kept of a response, from its start, for training and for losses and perplexity" + shown)
     add("--train-embeddings", action=argparse.BooleanOptionalAction,
         help="train the word embeddings (default: finetune, soft and dynamic do)")
     args = parser.parse_args()
@@ -98,7 +99,11 @@ def parse_arguments():
 
 def check_folder(folder, config, resume, overwrite):
     """Raise unless the run may use its folder: nothing of a run that is already there is touched unasked."""
-    if not (folder / "config.json").exists() or overwrite:
+    if not any((folder / name).exists() for name in RUN_FILES):
+        return
+    if overwrite:
+        if (folder / "config.json").exists():
+            read_json(folder / "config.json", {"version": int})         # a GPT's folder has a config.json, too: not for us
         return
     if not resume:
         raise FileExistsError(f"{folder} already holds a run: choose --resume, --overwrite or another --out")
@@ -111,11 +116,11 @@ def check_folder(folder, config, resume, overwrite):
 
 def enter_folder(folder, config, resume):
     """Make the run's folder, empty of any earlier run, or enter it again to resume."""
-    if (folder / "config.json").exists() and not resume:
+    if not resume:
         for trial in folder.glob("trial-*"):
             shutil.rmtree(trial)
-        for file in ("results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt", "config.json"):
-            (folder / file).unlink(missing_ok=True)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -146,7 +151,7 @@ class Diverged(ValueError):
 def check_loss(loss, step, rate, folder):
     if not math.isfinite(loss):
         raise Diverged(f"the loss became {loss} at step {step} with a learning rate of {rate or 0:.2g}; "
-                       f"{folder} keeps the last good checkpoint")
+                       f"{folder} keeps the last good checkpoint, if there was one")
 
 
 def fit(config, task, device, dtype, folder, label=""):
@@ -270,7 +275,7 @@ def search(config, task, device, dtype, folder):
             if main_process():
                 write_text(file, json.dumps({"trial": i} | found) + "\n")
             wait()
-        trials.append(read_json(file, ("trial", "lr")))
+        trials.append(read_json(file, {"trial": int, "lr": float}))
     say("\n| Trial | Learning rate | Best epoch | Val loss | Val BLEU4 |\n|---:|---:|---:|---:|---:|")
     for t in trials:
         outcome = "failed | - | -" if "failed" in t else f"{t['epoch']} | {t['val_loss']:.3f} | {t['val_bleu4']:.4f}"

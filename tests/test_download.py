@@ -93,6 +93,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def test_without_a_home_the_variable_is_named(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.delenv("DYNAMIC_PROMPT_CACHE", raising=False)
+    monkeypatch.setattr(data.Path, "home", homeless)
+    with pytest.raises(OSError, match="DYNAMIC_PROMPT_CACHE"):
+        data.cache_folder()
+
+
 @pytest.fixture
 def server(cache, monkeypatch):
     """server.pages: path -> its replies, one per request; server.seen: what was asked."""

@@ -95,6 +95,17 @@ def test_metrics_equal_nltk_and_rouge_score_on_real_dialogues(ours, theirs, dail
     assert expected > 0.05 and ours(outputs, references) == approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("metric", [corpus_bleu, corpus_nist, rouge_l])
+def test_every_output_has_one_reference(metric):
+    assert metric([], []) == 0
+    with pytest.raises(ValueError):
+        metric(["a b c d", "e"], ["a b c d"])
+
+
+def test_of_no_outputs_none_are_new():
+    assert (novelty([], ["Yes."]), diversity([]), distinct([], 1)) == (0, 0, 0)
+
+
 def test_novelty_and_diversity_compare_stripped_text_exactly():
     assert novelty([" Yes.", "yes.", "Yes"], ["Yes. ", "No."]) == 2 / 3
     assert diversity([" Yes.", "Yes. ", "yes."]) == 2 / 3
@@ -298,6 +309,15 @@ def test_plot_has_a_line_for_each_method_and_model_over_the_fraction(tmp_path):
                      "Diversity": {soft: {10: 0.5, 100: 0.5}, dynamic: {100: 0.5}, dialogpt: {100: 0.7}}}
 
 
+def test_plot_leaves_out_runs_without_test_pairs(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    write_run(tmp_path / "empty", test={"n": 0} | dict.fromkeys(METRICS))
+    write_run(tmp_path / "dynamic", method="dynamic")
+    plot(tmp_path)
+    assert [line.get_label() for line in plt.gcf().axes[0].lines] == ["dynamic"]
+    plt.close()
+
+
 def test_plot_keeps_an_ablation_and_other_contexts_apart(tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     for i, change in enumerate([{}, {"train_embeddings": False}, {"turns": 4}]):
@@ -346,7 +366,11 @@ BROKEN = {
     "settings in a list": ("config.json", "[]", "lacks"),
     "cut results": ("results.json", '{"test": ', "not JSON"),
     "binary results": ("results.json", b"\xff\x00", "not JSON"),
+    "unknown method": ("config.json", json.dumps(CONFIG | {"method": "magic"}), "'magic'"),
+    "turns in words": ("config.json", json.dumps(CONFIG | {"turns": "two"}), "turns"),
     "results without a test": ("results.json", json.dumps(CONFIG), "test"),
+    "no test yet": ("results.json", json.dumps(CONFIG | {"test": None, "test_unseen": None}), "test"),
+    "results without metrics": ("results.json", json.dumps(CONFIG | {"test": {"n": 1}, "test_unseen": {"n": 1}}), "metrics"),
     "no run": ("results.json", None, "no finished run"),
 }
 

@@ -388,6 +388,14 @@ def test_the_cache_has_room_for_what_is_there_and_no_more(writer, monkeypatch):
     assert places[0] == (1, 3, 10, 11) and {shape[0] for shape in places[1:]} == {8} and len(places) == 7
 
 
+def test_more_positions_than_there_are():
+    model = GPT(GPTConfig(vocab_size=9, n_positions=5, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="6 positions .* n_positions is 5"):
+        model(torch.zeros(1, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="6 positions"):
+        model(torch.zeros(1, 4, dtype=torch.int64), Past(torch.zeros(1, 2, 1, 2, 2, 4)))
+
+
 @pytest.mark.parametrize("queries, complaint", [([[1, 2], []], "no tokens"), ([[1] * 85], "n_positions")])
 def test_impossible_queries_are_refused(queries, complaint, writer):
     with pytest.raises(ValueError, match=complaint):
@@ -410,6 +418,7 @@ def test_each_row_draws_from_its_own_distribution():
     favourites = torch.arange(50) % 9
     logits[torch.arange(50), favourites] = 0
     assert torch.equal(choose(logits, temperature=1.0, top_p=0.9), favourites)
+    assert torch.equal(choose(logits, temperature=1e-40, top_p=0.9), favourites)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 0.0), (1.0, 1e-9), (1e-6, 1.0)])

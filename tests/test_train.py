@@ -364,6 +364,23 @@ def test_a_folder_with_a_run_is_refused(small, copied):
     assert contents(folder) == before
 
 
+def test_a_run_without_its_settings_is_still_a_run(small, copied):
+    """Whatever --lr says now: without config.json, nobody knows what last.pt was trained with."""
+    folder = copied("soft")
+    (folder / "config.json").unlink()
+    before = contents(folder)
+    failed(run(train, "--method", "soft", *small, "--lr", 0.5, "--out", folder), 1, folder, "--overwrite")
+    failed(run(train, "--method", "soft", *small, "--lr", 0.5, "--out", folder, "--resume"), 1, "config.json is missing")
+    assert contents(folder) == before
+
+
+def test_overwrite_spares_a_checkpoint_folder(small, tmp_path):
+    folder = shutil.copytree(small[1], tmp_path / "gpt")
+    before = contents(folder)
+    failed(run(train, "--method", "soft", *small, "--out", folder, "--overwrite"), 1, folder / "config.json")
+    assert contents(folder) == before
+
+
 def test_overwrite_leaves_nothing_of_the_run_before(small, finished, tmp_path):
     """Not even if it is itself cut short, between the files it takes away, and has to be asked for again."""
     folder = shutil.copytree(finished("soft", "--seed", 1), tmp_path / "run")
@@ -487,7 +504,7 @@ def test_what_just_fits_is_accepted(small, tmp_path):
 
 @pytest.mark.parametrize("flag, word", [("--model", "gpt5"), ("--data", "nowhere"), ("--device", "cuda:99")])
 def test_unknown_names(small, tmp_path, flag, word):
-    failed(run(train, "--method", "soft", *small, flag, word, "--out", tmp_path / "run"), 1, word)
+    failed(run(train, "--method", "soft", *small, flag, word, "--out", tmp_path / "run"), 2 if flag == "--device" else 1, word)
     assert not (tmp_path / "run").exists()
 
 
