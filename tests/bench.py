@@ -6,10 +6,12 @@
 
 The work: GPT-2 small's shape with random weights, dropout 0, real DailyDialog pairs, queries and responses up to 128 tokens.
 
-    ours        as train.py and evaluate.py do it: bfloat16 where it is fast, batches of similar length, fused AdamW, gradients clipped;
+    ours        as train.py and evaluate.py do it: bfloat16 where it is fast, batches of similar length, fused AdamW;
                 answers leave and queries enter while others are under way, never more than a batch at once
     as written  transformers as its users write it: float32, batches in shuffled order, labels=, torch.optim.AdamW as it comes
     at best     the same code with bfloat16 autocast and batches of similar length
+
+All clip gradients at norm 1, as train.py does, and transformers' Trainer unless told otherwise.
 
 Before timing, both sides must compute the same loss (float32, 1e-3) or the same tokens. Every round draws new batches, one from
 each stretch of the epoch's batches in order of length, so that few stand for all; then the sides, each in a process of its own, take
@@ -200,8 +202,7 @@ def trainer(side, method, folder):
         for examples in batches:
             loss = model(examples)
             loss.backward()
-            if side == "ours":
-                clip(parameters, optimizer)
+            clip(parameters, optimizer) if side == "ours" else nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             loss.item()
