@@ -189,7 +189,9 @@ def key(query):
 VERSION = 1                                             # of a run's folder
 LABELS = {"version": int, "method": str, "model": str, "data": str, "fraction": (int, float), "turns": int, "pairs": str}
 SETTINGS = {"dtype": str, "dropout": (int, float), "max_query": int, "max_response": int, "controller_layers": int,
-            "prompt_length": (int, type(None)), "train_embeddings": (bool, type(None))}
+            "prompt_length": (int, type(None)), "train_embeddings": (bool, type(None)), "seed": int}
+LEAST = {"fraction": 0, "turns": 1, "dropout": 0, "max_query": 1, "max_response": 1, "controller_layers": 1, "prompt_length": 1}
+CHOICES = {"method": tuple(METHODS), "pairs": ("steps", "sliding"), "dtype": ("auto", "float32", "bfloat16")}
 MAX_NEW_TOKENS = 40
 
 
@@ -336,11 +338,15 @@ def read_json(path, needed):
 
 
 def read_settings(folder, more={}):
-    config = read_json(folder / "config.json", LABELS | more)
+    path = folder / "config.json"
+    config = read_json(path, LABELS | more)
     if config["version"] != VERSION:
-        raise ValueError(f"{folder / 'config.json'} is of version {config['version']}, expected {VERSION}")
-    if config["method"] not in METHODS:
-        raise ValueError(f"{folder / 'config.json'}: method is {config['method']!r}, expected one of {', '.join(METHODS)}")
+        raise ValueError(f"{path} is of version {config['version']}, expected {VERSION}")
+    for k in LABELS | more:
+        if k in CHOICES and config[k] not in CHOICES[k]:
+            raise ValueError(f"{path}: {k} is {config[k]!a}, expected one of {', '.join(CHOICES[k])}")
+        if k in LEAST and config[k] is not None and not config[k] >= LEAST[k]:
+            raise ValueError(f"{path}: {k} is {config[k]}, expected {LEAST[k]} or more")
     return config
 
 

@@ -367,6 +367,8 @@ BROKEN = {
     "cut results": ("results.json", '{"test": ', "not JSON"),
     "binary results": ("results.json", b"\xff\x00", "not JSON"),
     "unknown method": ("config.json", json.dumps(CONFIG | {"method": "magic"}), "'magic'"),
+    "no turn": ("config.json", json.dumps(CONFIG | {"turns": 0}), "turns is 0, expected 1 or more"),
+    "unknown pairs": ("config.json", json.dumps(CONFIG | {"pairs": "\ud83d"}), "expected one of steps, sliding"),
     "turns in words": ("config.json", json.dumps(CONFIG | {"turns": "two"}), "turns"),
     "results without a test": ("results.json", json.dumps(CONFIG), "test"),
     "no test yet": ("results.json", json.dumps(CONFIG | {"test": None, "test_unseen": None}), "test"),
@@ -385,6 +387,15 @@ def test_a_broken_run_is_named_in_one_sentence(file, content, complaint, command
     status, _, error = command("--table", tmp_path)
     assert status == 1 and re.fullmatch(r"error: .+\n", error)
     assert complaint in error and str(tmp_path) in error
+
+
+@pytest.mark.parametrize("setting, value", [("dtype", "float8"), ("dropout", math.nan), ("seed", None), ("prompt_length", -1), ("max_response", 0)])
+def test_settings_that_train_would_refuse_are_refused_here_too(setting, value, command, tmp_path):
+    settings = {"dtype": "float32", "dropout": 0.1, "max_query": 128, "max_response": 128}
+    write_run(tmp_path / "run", **settings | {setting: value})
+    status, _, error = command(tmp_path / "run")
+    assert status == 1 and re.fullmatch(r"error: .+\n", error)
+    assert setting in error and str(tmp_path / "run/config.json") in error
 
 
 def test_plot_without_matplotlib_says_how_to_get_it(command, tmp_path, monkeypatch):
