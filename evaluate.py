@@ -187,6 +187,7 @@ def key(query):
 # --------------------------------------------------------------------------------------------------- scoring a model
 
 VERSION = 1                                             # of a run's folder
+# What a run's config.json must hold: the types of what tables need, and of what loading the model needs besides; limits.
 LABELS = {"version": int, "method": str, "model": str, "data": str, "fraction": (int, float), "turns": int, "pairs": str}
 SETTINGS = {"dtype": str, "dropout": (int, float), "max_query": int, "max_response": int, "controller_layers": int,
             "prompt_length": (int, type(None)), "train_embeddings": (bool, type(None)), "seed": int}
@@ -338,6 +339,7 @@ def read_json(path, needed):
 
 
 def read_settings(folder, more={}):
+    """A run's config.json, checked; more: settings that are needed besides LABELS. Raises ValueError, OSError."""
     path = folder / "config.json"
     config = read_json(path, LABELS | more)
     if config["version"] != VERSION:

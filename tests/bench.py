@@ -1,6 +1,6 @@
 """Ours against transformers and peft on the same work, side by side in one run, as a Markdown table.
 
-    python tests/bench.py                                # all rows, a quarter of an hour on two cores
+    python tests/bench.py                                # all rows, 20 minutes on two cores
     python tests/bench.py --only soft generate-16        # some rows
     python tests/bench.py --quick                        # a smoke run: two layers, one batch, numbers mean nothing
 
