@@ -1,27 +1,25 @@
-"""GPT-2 from scratch, in one file that works alone: the model, its checkpoints on disk, and text generation.
+"""GPT-2 from scratch, in one file that works alone: the network, text generation, and checkpoints on disk.
 
 The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn, mlp.c_fc ...), so loading is one loop.
 
 Shape letters, the same in every file of this project:
-    B batch    T tokens    S keys, those of the past included    C embedding width    H heads    D = C / H    L layers
-    V vocabulary    P prompt length
+    B batch    T tokens    C embedding width    H heads    D = C / H, width of a head    L layers    V vocabulary
+    P positions that stand before the row: a prompt's, or those already in the KV cache
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
-import functools
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-
-# ------------------------------------------------------------------------------------------------------- the network
 
 @dataclass
 class GPTConfig:
@@ -33,91 +31,45 @@ class GPTConfig:
     n_head: int = 12
     n_inner: int | None = None              # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
+    eos_token_id: int | None = None         # <|endoftext|>; None: the vocabulary's last token
     dropout: float = 0.0                    # in training only: on embeddings, attention and residual branches
 
 
-class Dropout(nn.Dropout):
-    """In training, each number becomes 0 with probability p, and the others grow by 1 / (1 - p).
-
-    PyTorch's own draws them one by one on a CPU, a fifth of all training. In bfloat16, 64 random bits serve four places
-    here; float32 stays as it is, equal to transformers draw by draw.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu" or x.dtype != torch.bfloat16:
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        kept = bits[:x.numel()].view(x.shape) >= self.p * 2**16 - 2**15         # int16 begins at -2**15
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
-
-
-def attend(q, k, v, mask, dropout):
-    """Queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D). mask None: the causal triangle. dropout: a module.
-
-    softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, equation 1): spelt out where that is twice as fast as PyTorch's
-    kernel, which never holds all T * S scores at once: in bfloat16 training on a CPU, on rows as short as dialogue's.
-    """
-    T, S = q.size(2), k.size(2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and S <= 256:
-        readable = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
-        bias = torch.zeros(readable.shape, dtype=q.dtype).masked_fill(~readable, -math.inf)
-        scores = q / math.sqrt(q.size(3)) @ k.transpose(2, 3) + bias                        # (B, H, T, S)
-        return dropout(scores.softmax(dim=-1)) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          dropout_p=dropout.p if dropout.training else 0.0)
-
-
-class Linear(nn.Linear):
-    """nn.Linear, but where no gradient is wanted, a CPU computes the transpose y^T = W x^T + b: (out, in) (in, N) -> (out, N).
-
-    With W on the left PyTorch need not rearrange it for every product, which takes a third of the time when rows are few,
-    as in answering. y lies transposed in memory; attention would have to copy its q, k and v, so these come from an nn.Linear.
-    """
-
-    def forward(self, x):
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return super().forward(x)
-        y = torch.addmm(self.bias[:, None], self.weight, x.reshape(-1, self.in_features).t())   # (out, N)
-        return y.t().reshape(*x.shape[:-1], self.out_features)
-
-
 class Attention(nn.Module):
-    """Causal self-attention: every position reads itself and what stands before it."""
+    """Causal self-attention: softmax(q k^T / sqrt(D)) v, where every position reads itself and what stands before it."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.drop = config.n_head, Dropout(config.dropout)
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)       # queries, keys and values in one product
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None, extend=None):
-        """x (B, T, C) -> (B, T, C).
+    def forward(self, x, past=None, mask=None):
+        """x (B, T, C) -> y (B, T, C), and the keys and values (B, H, P + T, D) of all that could be read.
 
-        mask: which keys each position may read, broadcastable to (B, H, T, S); None: the causal triangle.
-        extend: a function (k, v) -> (k, v) that puts earlier keys and values in front; see `Past`.
+        past: keys and values (B, H, P, D) that stand before the row; they are read as if they were part of it.
+        mask: 0 where position T may read position P + T, -inf elsewhere, (B or 1, 1, T, P + T); None: the causal triangle.
         """
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, T, C) -> (B, H, T, D)
                    for t in self.c_attn(x).split(C, dim=2))
-        if extend is not None:
-            k, v = extend(k, v)                                                     # (B, H, T, D) -> (B, H, S, D)
-        y = attend(q, k, v, mask, self.drop)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                      # (B, H, T, D) -> (B, T, C)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)              # (B, H, T, D) -> (B, T, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Linear(config.n_embd, inner)
-        self.c_proj = Linear(inner, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
 
     def forward(self, x):
-        h = self.c_fc(x)
-        # GPT-2 was trained with the tanh form of GELU; the exact form differs by up to 5e-4 per activation. In bfloat16
-        # rounding does seven times as much to the logits, and the exact form's kernel is four times as fast on a CPU.
-        form = "none" if h.dtype == torch.bfloat16 and h.device.type == "cpu" else "tanh"
-        return self.c_proj(F.gelu(h, approximate=form))
+        # GPT-2 was trained with the tanh form of GELU; PyTorch's default, the exact form, differs by up to 5e-4.
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -127,11 +79,12 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, extend=None):
-        x = x + self.drop(self.attn(self.ln_1(x), mask, extend))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(self, x, past=None, mask=None):
+        y, present = self.attn(self.ln_1(x), past, mask)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.ln_2(x))), present
 
 
 def init_weights(module):
@@ -142,76 +95,8 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-class Past:
-    """Keys and values that every layer reads before its own: a prompt written straight into the GPT's memory.
-
-    kv: (L, 2, B or 1, H, P, D). The row itself follows at positions P, P + 1, ...
-    """
-
-    def __init__(self, kv):
-        self.kv = kv
-
-    def positions(self, T):
-        """Where the next T tokens stand: (T,), the same for every row."""
-        P = self.kv.size(-2)
-        return torch.arange(P, P + T, device=self.kv.device)
-
-    def extend(self, layer, k, v):
-        """The keys and values of the row (B, H, T, D) -> the same with the earlier ones in front (B, H, P + T, D)."""
-        return [torch.cat((old.expand(new.size(0), -1, -1, -1).to(new.dtype), new), dim=2)
-                for old, new in zip(self.kv[layer], (k, v))]
-
-
-class Cache(Past):
-    """Unlike a plain `Past`, a cache remembers what it is shown, so that each new token costs one position.
-
-    A first pass shows it whole rows, padded on the right. `join` puts the rows of several first passes together. From
-    then on `lengths` (B,) says how many positions of each row are real: the next token is written at that place, over the
-    padding, and reads the places up to its own.
-    """
-
-    def __init__(self, kv=None):
-        super().__init__(kv)
-        self.layers, self.lengths = [], None            # for each layer keys and values (places, H, size, D)
-
-    def positions(self, T):
-        if self.lengths is None:
-            return super().positions(T)                                                     # (T,)
-        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        self.end = int(self.lengths.max()) + 1          # once for all layers: on a GPU, to ask for a number is to wait
-        return self.lengths[:, None]                                                        # (B, 1)
-
-    def extend(self, layer, k, v):
-        if self.lengths is None:
-            self.layers.append(super().extend(layer, k, v))                                 # (B, H, P + T, D)
-            return self.layers[layer]
-        for kept, new in zip(self.layers[layer], (k, v)):
-            kept[self.rows, :, self.lengths] = new[:, :, 0]                                 # row b at its place lengths[b]
-        return [kept[:len(self.rows), :, :self.end] for kept in self.layers[layer]]
-
-    def join(self, first, lengths, places, size):
-        """Take in the rows of another cache's first pass, lengths (b,), with room for `places` rows of `size` positions."""
-        if self.lengths is None:
-            self.layers = [[t.new_zeros(0, t.size(1), 0, t.size(3)) for t in pair] for pair in first.layers]
-            self.lengths = lengths[:0]
-        B = len(self.lengths)
-        self.lengths = torch.cat((self.lengths, lengths))
-        for kept, new in zip(self.layers, first.layers):
-            for i in range(2):
-                more = [max(0, wanted - there) for wanted, there in zip((size, places), (kept[i].size(2), len(kept[i])))]
-                if any(more):
-                    kept[i] = F.pad(kept[i], (0, 0, 0, more[0], 0, 0, 0, more[1]))
-                kept[i][B:len(self.lengths), :, :new[i].size(2)] = new[i]
-
-    def leave(self, holes, movers, B):
-        """B rows remain: those at `movers` fill the `holes` of rows that have finished, so little is copied."""
-        for kept in (*(t for pair in self.layers for t in pair), self.lengths):
-            kept[holes] = kept[movers]
-        self.lengths = self.lengths[:B]
-
-
 class GPT(nn.Module):
-    """GPT-2 with the output layer tied to the word embedding.
+    """GPT-2, with the output layer tied to the word embeddings.
 
     >>> gpt = GPT.from_pretrained("tiny/tiny-gpt2")
     >>> gpt(torch.tensor([[1, 2, 3]])).shape
@@ -223,175 +108,188 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.suppress_tokens = []       # ids that `generate` never chooses: rows of wte that stand for no word
         self.apply(init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):      # 2L branches add into the residual stream: it must not grow with depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, ids, past=None):
-        """Token ids (B, T) int64 -> logits (B, T, V). `past`: see `transform`."""
-        return self.logits(self.transform(self.wte(ids), past))
+    def forward(self, ids):
+        """Token ids (B, T) int64 -> logits (B, T, V)."""
+        hidden, _ = self.hidden_states(self.wte(ids))
+        return self.logits(hidden)
 
-    def transform(self, x, past=None):
-        """Input embeddings (B, T, C), without positions -> last hidden states (B, T, C).
+    def hidden_states(self, x, past=None, readable=None, positions=None):
+        """Input embeddings (B, T, C), without positions -> last hidden states (B, T, C), and each layer's keys and values.
 
-        The door for prompts: vectors enter as part of x, key/value pairs as a `Past`. Raises ValueError for more positions
-        than the model has.
+        Prompts enter here: embeddings as a part of x, keys and values as `past`.
+        past: for each layer the (keys, values) that stand before the row, each (B, H, P, D).
+        readable: True where a position may be read, (B, P + T), for rows of one token (T = 1); None: all that stands before.
+        positions: position ids (B, T) or (T,); None: P, P + 1, ...
+        Raises ValueError for more positions than the model has.
         """
-        T, mask = x.size(1), None
-        positions = torch.arange(T, device=x.device) if past is None else past.positions(T)             # (T,) or (B, T)
-        S = T if past is None else int(positions.max()) + 1
-        if S > self.config.n_positions:
-            raise ValueError(f"{S} positions are asked for, but the model's n_positions is {self.config.n_positions}")
-        if past is not None:
-            mask = (torch.arange(S, device=x.device) <= positions[..., None]).view(-1, 1, T, S)         # (1 or B, 1, T, S)
-        x = self.drop(x.to(self.ln_f.weight.dtype) + self.wpe(positions))       # the residual stream: float32, as norms are
+        T, P, mask = x.size(1), past[0][0].size(2) if past else 0, None
+        if positions is None:
+            if P + T > self.config.n_positions:
+                raise ValueError(f"{P + T} positions are asked for, but the model's n_positions is "
+                                 f"{self.config.n_positions}")
+            positions = torch.arange(P, P + T, device=x.device)
+        if past is not None:            # made once for all layers, in the type of the products
+            if readable is None:
+                readable = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            mask = torch.zeros(readable.shape, dtype=dtype, device=x.device).masked_fill(~readable, -math.inf)
+            mask = mask.view(-1, 1, T, P + T)
+        x = self.drop(x + self.wpe(positions))
+        presents = []
         for layer, block in enumerate(self.h):
-            x = block(x, mask, past and functools.partial(past.extend, layer))
-        return self.ln_f(x)
+            x, present = block(x, past[layer] if past else None, mask)
+            presents.append(present)
+        return self.ln_f(x), presents
 
     def logits(self, hidden):
-        """Hidden states (..., C) -> logits (..., V). Ask for few positions: V is large, this is the widest layer."""
-        return F.linear(hidden, self.wte.weight)
+        """Hidden states (..., C) -> float32 logits (..., V). Ask for few positions: V is large, this is the widest layer.
+
+        GPT-2's logits lie between -30 and -110, where neighbours in bfloat16 are 0.25 to 0.5 apart: rounded so, many
+        tokens would tie for the first place. So this product is not autocast.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.wte.weight.float())
 
     # ------------------------------------------------------------------------------------------------ generating text
 
-    def generate(self, queries, max_new_tokens=40, eot=50256, temperature=0.0, top_p=1.0, batch_size=64):
-        """Continue each of a list of token lists until `eot`, or for max_new_tokens (an int, or one for each query).
+    def generate(self, queries, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
+        """Continue each query until `eot` or for max_new_tokens, all in one batch.
 
-        Returns a list of token lists, without eot. temperature 0 is greedy; otherwise tokens are drawn from the
-        smallest set that holds top_p of the probability. At most batch_size queries are under way at once. Raises
-        ValueError for an empty query or one that leaves too few of the n_positions.
+        queries: a list of token lists, or a (B, T) tensor. eot: the token that ends an answer; None: the checkpoint's own.
+        temperature 0 is greedy; otherwise tokens are drawn from the smallest set that holds top_p of the probability.
+        Returns a list of token lists, without eot. Raises ValueError for an empty query, or one that leaves too few of the
+        n_positions.
         """
-        if not all(queries):
-            raise ValueError(f"query {[bool(q) for q in queries].index(False)} has no tokens, expected at least one")
-
-        def groups(size):
-            for i in range(0, len(queries), size):
-                rows = [torch.tensor(query, device=self.wte.weight.device) for query in queries[i:i + size]]
-                ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-                yield self.wte(ids), torch.tensor([len(row) for row in rows], device=ids.device), None
-
-        return self.answer(groups(max(1, batch_size // 4)), max_new_tokens, eot, temperature, top_p, batch_size)
+        ids = pad_sequence([torch.as_tensor(query, dtype=torch.int64) for query in queries], batch_first=True)
+        x = self.wte(to_device(ids, self.wte.weight.device))
+        return self.generate_from(x, [len(query) for query in queries], None, max_new_tokens, eot, temperature, top_p)
 
     @torch.no_grad()
-    def answer(self, groups, max_new_tokens, eot, temperature=0.0, top_p=1.0, batch_size=64):
-        """Like `generate`, from groups of rows: input embeddings x (b, T, C), of which each row's first lengths (b,) are
-        real, and key/value pairs (L, 2, b or 1, H, P, D) that stand before them, or None.
-
-        A step reads all weights, for many rows or few. So a row leaves when it is finished, and the next group enters
-        when there are places for it: "continuous batching" (Yu et al. 2022, Orca, section 3.1). Groups of a quarter of
-        batch_size do well: smaller ones read the weights too often, larger ones wait too long.
-        """
-        def limit(row):
-            return max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[row]
-
-        answers, rows, cache = [], [], Cache()              # rows: whose answer stands in which place of the batch
-        last = self.ln_f.weight.new_zeros(0, self.config.n_embd)                            # (B, C)
-        groups = iter(groups)
-        group = next(groups, None)
-        while True:
-            while group and (not rows or len(rows) + len(group[0]) <= batch_size):
-                (x, lengths, kv), group = group, next(groups, None)
-                entering = range(len(answers), len(answers) + len(x))
-                answers += [[] for _ in entering]
-                rows += entering
-                places = max(len(rows), batch_size if group else 0)
-                last = torch.cat((last, self.enter(x, lengths, kv, [limit(row) for row in entering], cache, places)))
-            if not rows:
-                return [answer[:limit(row)] for row, answer in enumerate(answers)]
-            logits = (self.wte.weight @ last.t()).t()                                       # (B, V), in the way of `Linear`
-            tokens, finished = choose(logits, temperature, top_p), []                       # (B,)
-            for place, (row, token) in enumerate(zip(rows, tokens.tolist())):
+    def generate_from(self, x, lengths, past, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
+        """Like `generate`, from input embeddings x (B, T, C), padded on the right to `lengths` (a list of B numbers), and a
+        `past` as in `hidden_states`, or None."""
+        c, (B, T, _), device = self.config, x.shape, x.device
+        P = past[0][0].size(2) if past else 0
+        eot = eot if eot is not None else c.eos_token_id if c.eos_token_id is not None else c.vocab_size - 1
+        if min(lengths) == 0:
+            raise ValueError(f"query {lengths.index(0)} has no tokens, expected at least one")
+        if P + max(lengths) + max_new_tokens > c.n_positions:
+            raise ValueError(f"prompt, query and answer need {P + max(lengths) + max_new_tokens} positions, "
+                             f"but the model's n_positions is {c.n_positions}")
+        suppressed = torch.zeros(c.vocab_size).index_fill(0, torch.tensor(self.suppress_tokens, dtype=torch.int64), -math.inf)
+        ends, suppressed = to_device(torch.tensor(lengths), device), to_device(suppressed, device)
+        was_training = self.training
+        self.eval()
+        answers, rows = [[] for _ in lengths], list(range(B))           # rows: those that have not ended
+        # Prefill: one pass over the rows. What is real never reads the padding behind it; later tokens must not either.
+        hidden, past = self.hidden_states(x, past)
+        hidden = hidden.gather(1, (ends - 1).view(B, 1, 1).expand(-1, -1, hidden.size(2)))      # (B, 1, C)
+        readable = torch.arange(-P, T, device=device) < ends[:, None]                           # (B, P + T)
+        positions = P + ends[:, None]                                                           # (B, 1)
+        for n in range(1, max_new_tokens + 1):
+            tokens = sample_next_token(self.logits(hidden[:, 0]) + suppressed, temperature, top_p)      # (B,)
+            going_on = []
+            for i, token in enumerate(tokens.tolist()):                 # a GPU is waited for here, and nowhere else
                 if token != eot:
-                    answers[row].append(token)
-                if token == eot or len(answers[row]) >= limit(row):
-                    finished.append(place)
-            if finished:                            # if 1 and 2 of 0 .. 4 leave, 3 and 4 move into their places
-                B = len(rows) - len(finished)
-                holes, movers = [p for p in finished if p < B], [p for p in range(B, len(rows)) if p not in finished]
-                for hole, mover in zip(holes, movers):
-                    rows[hole] = rows[mover]
-                tokens[holes] = tokens[movers]
-                rows, tokens = rows[:B], tokens[:B]
-                cache.leave(holes, movers, B)
-            last = last[:0]
-            if rows:
-                last = self.transform(self.wte(tokens)[:, None], cache)[:, 0]               # (B, 1, C) -> (B, C)
-                cache.lengths += 1
-
-    def enter(self, x, lengths, kv, limits, cache, places):
-        """The first pass of a group, whose rows then join the cache -> hidden states of their last positions (b, C)."""
-        H, C = self.config.n_head, self.config.n_embd
-        if kv is None:
-            kv = x.new_zeros(self.config.n_layer, 2, 1, H, 0, C // H)
-        first, P = Cache(kv), kv.size(-2)
-        needed = P + int((lengths + torch.tensor(limits, device=x.device)).max())
-        if needed > self.config.n_positions:
-            raise ValueError(f"prompt, query and answer need {needed} positions, but the model's n_positions is "
-                             f"{self.config.n_positions}")
-        hidden = self.transform(x, first)
-        cache.join(first, P + lengths, places, max(needed, P + x.size(1)))
-        return hidden[torch.arange(len(x), device=x.device), lengths - 1]
+                    answers[rows[i]].append(token)
+                    going_on.append(i)
+            if not going_on or n == max_new_tokens:
+                break
+            if len(going_on) < len(rows):                               # rows that have ended leave the batch
+                rows, kept = [rows[i] for i in going_on], to_device(torch.tensor(going_on), device)
+                tokens, readable, positions = tokens[kept], readable[kept], positions[kept]
+                past = [(k[kept], v[kept]) for k, v in past]
+            readable = F.pad(readable, (0, 1), value=True)
+            hidden, past = self.hidden_states(self.wte(tokens)[:, None], past, readable, positions)
+            positions = positions + 1
+        self.train(was_training)
+        return answers
 
     # ---------------------------------------------------------------------------------------------- checkpoint folders
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
-        """Load config.json and model.safetensors (or pytorch_model.bin), Hugging Face's layout -> GPT, float32, eval mode.
+        """Load a folder in Hugging Face's layout: config.json, and model.safetensors or pytorch_model.bin, whole or in
+        shards -> GPT, float32, in evaluation mode.
 
         Raises OSError for a missing file, ValueError for a file that is broken or holds something else than a GPT-2.
         """
         folder = Path(folder)
         config = read_config(folder / "config.json")
         config.dropout = dropout
-        with torch.device("meta"), mock.patch.object(nn.init, "normal_"):       # shapes only, in no time: nothing is drawn
+        with torch.device("meta"):              # shapes only: no memory, no random numbers
             gpt = cls(config)
         expected, found, unexpected = gpt.state_dict(), {}, []
-        source, tied = weights_file(folder), None
-        for name, tensor in read_safetensors(source) if source.suffix == ".safetensors" else read_pickle(source):
-            name = name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")):      # the causal triangle, stored by old versions
-                continue
-            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ValueError(f"{source}: {name!a} is {tensor.dtype}, expected float32, float16 or bfloat16")
-            if name == "lm_head.weight":
-                tied = tensor
-            elif name not in expected:
-                unexpected.append(name)
-            else:
+        for path in weight_files(folder):
+            for name, tensor in read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path):
+                # What stands before GPT-2's own names (transformer. module. model.) comes from a module around it.
+                name = re.sub(r"^.*?\b(wte|wpe|ln_f|lm_head|h\.\d+)\.", r"\1.", name)
+                if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal triangle, stored by old versions
+                    continue
+                name = {"lm_head.weight": "wte.weight", "lm_head.decoder.weight": "wte.weight"}.get(name, name)     # tied
+                if name not in expected:
+                    unexpected.append(name)
+                    continue
                 if is_conv1d(name) and tensor.dim() == 2:
                     tensor = tensor.t()
                 if tensor.shape != expected[name].shape:
-                    raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, "
+                    raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, "
                                      f"but config.json asks for {list(expected[name].shape)}")
-                found[name] = tensor.float().contiguous()
+                tensor = tensor.float().contiguous()
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{path}: {name} holds NaN or infinite numbers, expected a trained model's weights")
+                if name in found and not torch.equal(found[name], tensor):
+                    raise ValueError(f"{path} holds two different tensors for {name}; GPT-2's output layer (lm_head) is "
+                                     f"tied to wte")
+                found[name] = tensor
         missing = sorted(expected.keys() - found.keys())
         if missing or unexpected:
-            raise ValueError(f"{source} is not a plain GPT-2 of this shape: "
+            raise ValueError(f"{folder} does not hold a plain GPT-2 of the shape in config.json: "
                              f"missing {some(missing)}; unexpected {some(unexpected)}")
-        if tied is not None and not torch.equal(tied.float(), found["wte.weight"]):
-            raise ValueError(f"{source}: lm_head.weight differs from wte.weight, expected GPT-2's tied output layer")
         gpt.load_state_dict(found, assign=True)
         return gpt.eval()
 
     def save_pretrained(self, folder, dtype=torch.float32):
-        """Write config.json and model.safetensors as `transformers` writes and reads them."""
+        """Write config.json and model.safetensors as `transformers` writes and reads them. Raises OSError."""
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
+        eot = c.vocab_size - 1 if c.eos_token_id is None else c.eos_token_id
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
                   "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_ctx": c.n_positions, "n_embd": c.n_embd,
                   "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner,
                   "layer_norm_epsilon": c.layer_norm_epsilon, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
-                  "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1}      # <|endoftext|> comes last
+                  "bos_token_id": eot, "eos_token_id": eot}
         write_safetensors(folder / "model.safetensors", {
-            f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype)
-            for name, t in self.state_dict().items()})
+            f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype) for name, t in self.state_dict().items()})
         replace(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
 
+
+def sample_next_token(logits, temperature, top_p):
+    """Logits (B, V) -> the next token of each row (B,): the likeliest, or one drawn from the top_p nucleus."""
+    if temperature < 1e-6:                              # 0, or so little that to divide by it would overflow
+        return logits.argmax(dim=-1)
+    probs, ids = F.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    probs[probs.cumsum(dim=-1) - probs >= top_p] = 0            # what stands before a token already fills the nucleus
+    probs[:, 0] += (probs[:, 0] == 0)                           # top_p 0 leaves the likeliest
+    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
+
+
+def to_device(tensor, device):
+    """From pinned memory, the copy to a GPU waits for its turn while the program goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------ files on disk
 
 def is_conv1d(name):
     """GPT-2's attention and MLP layers are `Conv1D`: stored (in, out), where nn.Linear keeps (out, in)."""
@@ -399,21 +297,11 @@ def is_conv1d(name):
 
 
 def some(names):
-    return f"{', '.join(map(ascii, names[:5]))}{f' and {len(names) - 5} more' if len(names) > 5 else ''}" if names else "nothing"
-
-
-def choose(logits, temperature, top_p):
-    """Logits (b, V) -> the next token of each row (b,): the likeliest, or drawn from the top_p nucleus."""
-    if temperature < 1e-6:                              # 0, or so little that to divide by it would overflow
-        return logits.max(dim=-1).indices               # argmax takes twice as long on a CPU
-    probs, ids = F.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
-    probs[probs.cumsum(dim=-1) - probs >= top_p] = 0            # what stands before a token already fills the nucleus
-    probs[:, 0] += (probs[:, 0] == 0)                           # top_p 0 leaves the likeliest
-    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
+    return ", ".join(map(ascii, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5) if names else "nothing"
 
 
 def read_config(path):
-    """Hugging Face's config.json -> GPTConfig. Raises ValueError for anything but a plain GPT-2 of a sane size."""
+    """Hugging Face's config.json -> GPTConfig. Raises OSError, or ValueError for anything but a plain GPT-2."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -425,34 +313,29 @@ def read_config(path):
     plain = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
              "scale_attn_weights": True, "add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False,
              "reorder_and_upcast_attn": False}
-    for key, value in plain.items():        # loaded silently, the logits of such a model would be wrong
+    for key, value in plain.items():                    # loaded silently, the logits of such a model would be wrong
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
-
-    def number(*keys, limit):
-        key = next((k for k in keys if raw.get(k) is not None), keys[0])
-        value = raw.get(key)
-        if type(value) is not int or not 0 < value <= limit:
-            raise ValueError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {limit}")
-        return value
-
-    config = GPTConfig(vocab_size=number("vocab_size", limit=10**7),
-                       n_positions=number("n_positions", "n_ctx", limit=10**6),
-                       n_embd=number("n_embd", limit=10**5), n_layer=number("n_layer", limit=1000),
-                       n_head=number("n_head", limit=10**4),
-                       n_inner=None if raw.get("n_inner") is None else number("n_inner", limit=10**6),
-                       layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5))
-    if config.n_embd % config.n_head:
-        raise ValueError(f"{path}: n_embd {config.n_embd} does not divide into n_head {config.n_head} heads")
-    if type(config.layer_norm_epsilon) not in (int, float) or not 0 < config.layer_norm_epsilon < 1:
-        raise ValueError(f"{path}: layer_norm_epsilon is {config.layer_norm_epsilon!r}, expected one between 0 and 1")
-    return config
+    raw = {"n_positions": raw.get("n_ctx")} | raw
+    limits = {"vocab_size": 10**7, "n_positions": 10**6, "n_embd": 10**5, "n_layer": 1000, "n_head": 10**4, "n_inner": 10**6}
+    for key, limit in limits.items():                   # n_inner may be null
+        if (key, raw.get(key)) != ("n_inner", None) and not (type(raw.get(key)) is int and 0 < raw[key] <= limit):
+            raise ValueError(f"{path}: {key} is {raw.get(key)!r}, expected a whole number from 1 to {limit}")
+    epsilon, eos = raw.get("layer_norm_epsilon", 1e-5), raw.get("eos_token_id")
+    if raw["n_embd"] % raw["n_head"]:
+        raise ValueError(f"{path}: n_embd {raw['n_embd']} does not divide into n_head {raw['n_head']} heads")
+    if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+        raise ValueError(f"{path}: layer_norm_epsilon is {epsilon!r}, expected a number between 0 and 1")
+    if type(eos) is not int or not 0 <= eos < raw["vocab_size"]:
+        eos = None
+    return GPTConfig(**{key: raw.get(key) for key in limits}, layer_norm_epsilon=epsilon, eos_token_id=eos)
 
 
-def weights_file(folder):
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return folder / name
+def weight_files(folder):
+    for name in ("model", "pytorch_model"):
+        suffix = ".safetensors" if name == "model" else ".bin"
+        if files := sorted(folder.glob(name + suffix)) or sorted(folder.glob(f"{name}-*-of-*{suffix}")):
+            return files
     raise FileNotFoundError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin")
 
 
@@ -466,23 +349,20 @@ def load_plain(path):
                              f"({type(error).__name__})") from None
 
 
-def is_plain(t):
-    """A tensor whose numbers are all there: not sparse, not without data, not few bytes repeated into a huge shape."""
-    return (isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == "cpu"
-            and t.untyped_storage().nbytes() >= t.numel() * t.element_size())
-
-
 def read_pickle(path):
-    """Tensors of a pytorch_model.bin, as (name, tensor)."""
+    """Tensors of a pytorch_model.bin, as (name, tensor). Raises ValueError."""
+    def is_plain(t):                            # neither sparse nor few bytes repeated into a huge shape
+        return (isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == "cpu"
+                and t.untyped_storage().nbytes() >= t.numel() * t.element_size())
+
     tensors = load_plain(path)
     if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in tensors.items()):
         raise ValueError(f"{path} does not hold a dictionary of names and tensors")
-    yield from tensors.items()
+    for name in list(tensors):
+        yield name, tensors.pop(name)           # so that no second copy of the model stays in memory
 
 
-# ------------------------------------------------------------------------------------------------------- safetensors
-# 8 bytes: N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; then raw bytes.
-
+# safetensors: 8 bytes N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; then raw bytes.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -490,66 +370,44 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_safetensors(path):
     """Tensors of a safetensors file, as (name, tensor), one at a time; all is checked before anything is allocated.
 
-    Raises ValueError where the file breaks the format: the header must be sound and the tensors must tile the data.
+    Raises ValueError where the file breaks the format: the header must be sound, and the tensors must tile the data.
     """
-    def check(sound, complaint):
-        if not sound:
-            raise ValueError(f"{path} is not a sound safetensors file: {complaint:.300}")
-
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        check(size >= 8, f"it holds {size} bytes, expected at least 8")
-        n = int.from_bytes(file.read(8), "little")
-        check(n <= min(size - 8, 100_000_000), f"its header claims {n} bytes of the file's {size} (at most 100 MB)")
+        size, entries, position = os.fstat(file.fileno()).st_size, [], 0
         try:
-            header = json.loads(file.read(n).decode("utf-8"), object_pairs_hook=unique)
-        except (ValueError, RecursionError) as error:
-            check(False, f"its header is not JSON: {error}")
-        check(isinstance(header, dict), "its header is not an object")
-        header.pop("__metadata__", None)
-        end = 0
-        for name, entry in header.items():
-            check(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-                  f"the entry of {name!r} should be dtype, shape and data_offsets")
-            dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-            check(isinstance(dtype, str) and dtype in DTYPES,
-                  f"{name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-            for numbers in (shape, offsets):
-                check(isinstance(numbers, list) and all(type(i) is int and 0 <= i < 2**63 for i in numbers),
-                      f"{name!r} has {numbers!r} where whole numbers are expected")
-            check(len(offsets) == 2 and len(shape) <= 8 and math.prod(i or 1 for i in shape) < 2**63
-                  and offsets[1] - offsets[0] == math.prod(shape) * DTYPES[dtype].itemsize,
-                  f"{name!r} of shape {shape} and dtype {dtype} does not fit its bytes {offsets}")
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        for name, entry in entries:
-            begin, stop = entry["data_offsets"]
-            check(begin == end, f"{name!r} begins at byte {begin}, expected {end}: the tensors overlap or leave a gap")
-            end = stop
-        check(8 + n + end == size, f"its tensors end at byte {8 + n + end}, but the file has {size}")
-        for name, entry in entries:
-            data = bytearray(entry["data_offsets"][1] - entry["data_offsets"][0])
-            check(file.readinto(data) == len(data), "it shrank while it was read")
-            dtype = DTYPES[entry["dtype"]]
-            tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            yield name, tensor.view(entry["shape"])
-
-
-def unique(pairs):
-    """For JSON: a dictionary, but two entries of one name are an error."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
+            n = int.from_bytes(file.read(8), "little")
+            if n > min(size - 8, 100_000_000):
+                raise ValueError(f"its header claims {n} bytes of the file's {size} (at most 100 MB)")
+            header = json.loads(file.read(n).decode("utf-8"))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                if len(shape) > 8 or not all(type(i) is int and 0 <= i <= size for i in (begin, end, *shape)):
+                    raise ValueError(f"{name!r} has shape {str(shape):.60} and bytes {begin} to {end}")
+                if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name!r} of shape {shape} begins at byte {begin} and ends at {end}, "
+                                     f"expected {position} and {position + math.prod(shape) * dtype.itemsize}")
+                entries, position = entries + [(name, dtype, shape, end - begin)], end
+            if 8 + n + position != size:
+                raise ValueError(f"its tensors end at byte {8 + n + position}, but the file has {size}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a sound safetensors file: {type(error).__name__} {str(error):.300}") from None
+        for name, dtype, shape, n_bytes in entries:
+            data = bytearray(n_bytes)
+            if file.readinto(data) != n_bytes:
+                raise ValueError(f"{path} shrank while it was read")
+            yield name, (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape)
 
 
 def write_safetensors(path, tensors):
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    """{name: tensor} -> a safetensors file. Raises OSError."""
+    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    names = {dtype: name for name, dtype in DTYPES.items()}
     for name, t in tensors.items():
         begin, end = end, end + t.numel() * t.element_size()
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                                         # data starts aligned
+    text += b" " * (-len(text) % 8)                     # so that the data is aligned
 
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)

@@ -1,283 +1,343 @@
 """Seven ways to prompt a GPT, from the simplest to the richest, and `PromptedGPT`, which joins one of them to a GPT.
 
-A prompt reaches the GPT through one of two doors: as vectors, which take the slots before the query's embeddings, or as
-key/value pairs, which every layer reads before the row. An encoder says how many slots it needs (`slots`) and fills one
-of the doors (`vectors` or `kv`). The story: a table of vectors (PromptTuning), one as long as the query (SoftPrompt),
-the same table seen through an LSTM (PTuning) or turned into pairs (Prefix); then the prompts that depend on what was
-just said (DynamicPrompt, DialogPrompt).
+A prompt encoder turns the embeddings of a query into a prompt. The prompt reaches the GPT in one of two ways: as prompt
+embeddings, which stand in the row before the query's own embeddings, or as keys and values, which every layer reads before
+the row (the `past` of model.py).
 
-Shape letters as in model.py; m is the number of tokens in a query, M the width of a batch of queries with its padding, k a
-fixed prompt length.
+The story: a table of free vectors (PromptTuning), one as long as the query (SoftPrompt), the same table seen through an
+LSTM (PTuning) or turned into keys and values (PrefixTuning); then the prompts that depend on what was just said
+(DynamicPrompt, DialogPrompt).
+
+Shape letters as in model.py; m is the number of tokens in a query, M the longest m of a batch, k a fixed prompt length.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from model import Block, Dropout, Past, attend, init_weights
+from model import Block, init_weights, to_device
 
 
-class NoPrompt(nn.Module):
-    """No prompt at all: the whole GPT is trained (Valvoda et al. 2022, section 3). Each other method changes one thing."""
+# ------------------------------------------------------------------------------------------------ the prompt encoders
 
-    trains_gpt, trains_embeddings = True, True      # the GPT's blocks; its word embedding wte, tied to the output layer
-    default_length = None                           # k, for methods that have one
+class PromptEncoder(nn.Module):
+    """What the seven have in common. A new method overrides what differs, and enters METHODS below."""
 
-    def __init__(self, gpt, length, layers):
-        """gpt: for its sizes and word embeddings. length: k, or the longest query. layers: the controller's depth."""
+    trains_gpt = False              # whether the GPT's blocks are trained, too
+    trains_embeddings = False       # whether the GPT's word embeddings wte, tied to the output layer, are trained, too
+    default_length = None           # k, for methods that have one
+    writes_past = False             # the prompt is keys and values before the row, not embeddings in it
+    reads_hidden_states = False     # `forward` gets the GPT's last hidden states of the queries, not their word embeddings
+
+    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+        """config: a GPTConfig. word_embeddings: wte's weight (V, C), to start from; it is not kept. prompt_length: k, or
+        None. max_query: the longest query, in tokens. layers: the controller's depth, for `DynamicPrompt`."""
         super().__init__()
+        self.max_query = max_query
 
-    def slots(self, m):
-        """How many vectors stand before a query of m tokens."""
+    def length(self, m):
+        """How many prompt embeddings stand before a query of m tokens."""
         return 0
 
-    def vectors(self, query):
-        """Query embeddings (B, M, C), each row's padding behind it -> prompt vectors (B or 1, slots(M), C), or None."""
-        return None
+    def forward(self, queries, mask):
+        """Query embeddings (B, M, C), zero behind each query's end, and mask (B, M), True up to there -> prompt embeddings
+        (B, n, C), of which a query of m tokens gets the first length(m).
 
-    def kv(self, gpt, query, lengths):
-        """The GPT, query embeddings (B, M, C), their lengths (B,) -> key/value pairs (L, 2, B or 1, H, k, D), or None."""
-        return None
+        Where `writes_past`: -> for each layer a pair of keys and values, each (B, H, k, D).
+        """
+        raise NotImplementedError
 
 
-class PromptTuning(NoPrompt):
-    """k free vectors before every query; they alone are trained (Lester et al. 2021, section 2)."""
+class FineTuning(PromptEncoder):
+    """No prompt at all: the whole GPT is trained (Valvoda et al. 2022, section 3).
 
-    trains_gpt, trains_embeddings = False, False
+        row = [x1, ..., xm, response]           where x = wte(query)
+    """
+    trains_gpt, trains_embeddings = True, True
+
+    def forward(self, queries, mask):
+        return queries[:, :0]                                                       # (B, 0, C)
+
+
+class PromptTuning(PromptEncoder):
+    """k free vectors before every query; they alone are trained (Lester et al. 2021, section 2).
+
+        row = [p1, ..., pk, x1, ..., xm, response]
+    """
     default_length = 20
 
-    def __init__(self, gpt, length, layers):
-        super().__init__(gpt, length, layers)
-        self.table = nn.Parameter(torch.randn(length, gpt.config.n_embd) * 0.02)
+    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+        super().__init__(config, word_embeddings, prompt_length, max_query, layers)
+        self.table = nn.Parameter(torch.randn(prompt_length, config.n_embd) * 0.02)
 
-    def slots(self, m):
+    def length(self, m):
         return len(self.table)
 
-    def vectors(self, query):
-        return self.table[None]                                                     # (1, k, C)
+    def forward(self, queries, mask):
+        return self.table.expand(len(queries), -1, -1)                              # (B, k, C)
 
 
-class SoftPrompt(PromptTuning):
-    """Unlike prompt tuning, the prompt is as long as the query, and wte is trained (Valvoda et al. 2022, equation 2)."""
+class SoftPrompt(PromptEncoder):
+    """Unlike prompt tuning's, the prompt is as long as the query, and wte is trained (Valvoda et al. 2022, equation 2).
 
+        row = [p1, ..., pm, x1, ..., xm, response]
+    """
     trains_embeddings = True
-    default_length = None
 
-    def slots(self, m):
+    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+        super().__init__(config, word_embeddings, prompt_length, max_query, layers)
+        self.table = nn.Parameter(torch.randn(max_query, config.n_embd) * 0.02)
+
+    def length(self, m):
         return m
 
-    def vectors(self, query):
-        return self.table[None].narrow(1, 0, query.size(1))     # (1, M, C); a slice would not mind a table too short
+    def forward(self, queries, mask):
+        return self.table[:queries.size(1)].expand(len(queries), -1, -1)            # (B, M, C)
 
 
-class PTuning(PromptTuning):
-    """Unlike prompt tuning, the k vectors know each other: they come out of a bidirectional LSTM and an MLP
-    (Liu et al. 2021b, section 3.2; sizes as in its code)."""
+class PTuning(PromptEncoder):
+    """Unlike prompt tuning's, the k vectors know each other: they come out of a bidirectional LSTM and an MLP
+    (Liu et al. 2021b, section 3.2; sizes as in its code).
 
-    def __init__(self, gpt, length, layers):
-        super().__init__(gpt, length, layers)
-        C, half = gpt.config.n_embd, gpt.config.n_embd // 2
-        self.lstm = nn.LSTM(C, half, num_layers=2, bidirectional=True, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(2 * half, C), nn.ReLU(), nn.Linear(C, C))
+        h1, ..., hk = MLP(LSTM(p1, ..., pk))
+        row = [h1, ..., hk, x1, ..., xm, response]
+    """
+    default_length = 20
 
-    def vectors(self, query):
-        return self.mlp(self.lstm(self.table[None])[0])                             # (1, k, C)
+    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+        super().__init__(config, word_embeddings, prompt_length, max_query, layers)
+        C = config.n_embd
+        self.table = nn.Parameter(torch.randn(prompt_length, C) * 0.02)
+        self.lstm = nn.LSTM(C, C // 2, num_layers=2, bidirectional=True, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(C // 2 * 2, C), nn.ReLU(), nn.Linear(C, C))
 
+    def length(self, m):
+        return len(self.table)
 
-class Prefix(PromptTuning):
-    """Unlike prompt tuning, the prompt enters every layer, as keys and values. A table and an MLP make them, which trains
-    more stably than free pairs (Li & Liang 2021, sections 4.2 and 4.3)."""
-
-    default_length = 10
-
-    def __init__(self, gpt, length, layers):
-        super().__init__(gpt, length, layers)
-        c = gpt.config
-        self.shape = length, c.n_layer, 2, c.n_head, c.n_embd // c.n_head
-        self.mlp = nn.Sequential(nn.Linear(c.n_embd, 512), nn.Tanh(), nn.Linear(512, c.n_layer * 2 * c.n_embd))
-
-    def slots(self, m):
-        return 0
-
-    def vectors(self, query):
-        return None
-
-    def kv(self, gpt, query, lengths):
-        kv = self.mlp(self.table).view(self.shape)                                  # (k, C) -> (k, L, 2, H, D)
-        return kv.permute(1, 2, 3, 0, 4)[:, :, None]                                # (L, 2, 1, H, k, D)
+    def forward(self, queries, mask):
+        with torch.autocast(queries.device.type, enabled=False):    # many CPUs have no LSTM in 16 bits, cuDNN takes float16
+            h, _ = self.lstm(self.table[None])                                      # (1, k, C)
+        return self.mlp(h).expand(len(queries), -1, -1)                             # (B, k, C)
 
 
-class DynamicPrompt(NoPrompt):
-    """A prompt of its own for every query: the controller, a causal Transformer, reads the query and writes one vector
-    per token,
+class PrefixTuning(PromptEncoder):
+    """Unlike prompt tuning's, the prompt enters every layer, as keys and values. A table and an MLP make them, which trains
+    more stably than free ones (Li & Liang 2021, sections 4.2 and 4.3).
 
-        h1, ..., hm = Transformer(x1, ..., xm)              (Valvoda et al. 2022, equation 3 and figure 1)
+        (k_l, v_l) for each layer l = MLP(p1, ..., pk)
+        row = [x1, ..., xm, response], read after the keys k_l and values v_l
+    """
+    default_length, writes_past = 10, True
 
-    where x are the GPT's own word embeddings. It is built of GPT-2's blocks and has positions of its own."""
+    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+        super().__init__(config, word_embeddings, prompt_length, max_query, layers)
+        C, L = config.n_embd, config.n_layer
+        self.n_layer, self.n_head = L, config.n_head
+        self.table = nn.Parameter(torch.randn(prompt_length, C) * 0.02)
+        self.mlp = nn.Sequential(nn.Linear(C, 512), nn.Tanh(), nn.Linear(512, L * 2 * C))
 
-    trains_gpt, trains_embeddings = False, True
+    def forward(self, queries, mask):
+        kv = self.mlp(self.table).unflatten(1, (self.n_layer, 2, self.n_head, -1))          # (k, L, 2, H, D)
+        kv = kv.permute(1, 2, 3, 0, 4)[:, :, None].expand(-1, -1, len(queries), -1, -1, -1)     # (L, 2, B, H, k, D)
+        return [(keys, values) for keys, values in kv]
 
-    def __init__(self, gpt, length, layers):
-        super().__init__(gpt, length, layers)
-        C = gpt.config.n_embd
-        self.wpe = nn.Embedding(length, C)
-        self.drop = Dropout(gpt.config.dropout)
-        self.h = nn.ModuleList(Block(gpt.config) for _ in range(layers))
-        self.ln_f = nn.LayerNorm(C, eps=gpt.config.layer_norm_epsilon)
+
+class DynamicPrompt(PromptEncoder):
+    """A prompt of its own for every query: the controller, a causal Transformer, reads the query and writes one vector for
+    each of its tokens (Valvoda et al. 2022, equation 3 and figure 1).
+
+        h1, ..., hm = Transformer(x1, ..., xm)
+        row = [h1, ..., hm, x1, ..., xm, response]
+
+    The controller is built of GPT-2's blocks and has positions of its own. It needs a config and word embeddings, not our
+    GPT, and can be called alone:
+
+    >>> from model import GPTConfig
+    >>> controller = DynamicPrompt(GPTConfig(n_embd=64, n_head=4), torch.randn(100, 64))
+    >>> controller(torch.randn(2, 7, 64)).shape             # two queries of 7 tokens
+    torch.Size([2, 7, 64])
+    """
+    trains_embeddings = True
+
+    def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
+        super().__init__(config, word_embeddings, prompt_length, max_query, layers)
+        self.wpe = nn.Embedding(max_query, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.apply(init_weights)
-        nn.init.constant_(self.ln_f.weight, gpt.wte.weight.std().item())        # speak as loud as word embeddings do
+        nn.init.constant_(self.ln_f.weight, word_embeddings.std().item())       # h starts with the words' standard deviation
 
-    def slots(self, m):
+    def length(self, m):
         return m
 
-    def vectors(self, query):
-        h = self.drop(query + self.wpe.weight[:query.size(1)])                      # (B, M, C)
+    def forward(self, queries, mask=None):
+        h = self.drop(queries + self.wpe.weight[:queries.size(1)])                  # (B, M, C)
         for block in self.h:
-            h = block(h)            # causal: no token reads the padding behind it
+            h, _ = block(h)         # causal: no token reads the padding behind it, so there is nothing to mask
         return self.ln_f(h)
 
 
 class CrossAttention(nn.Module):
-    """Unlike self-attention, the keys and values come from elsewhere: every position reads the whole context."""
+    """Unlike self-attention's, the keys and values come from elsewhere: every position reads the whole context."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.drop = config.n_head, Dropout(config.dropout)
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.q_attn = nn.Linear(config.n_embd, config.n_embd)
         self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, context, mask):
-        """x (B, k, C), context (B, M, C), mask (B, 1, 1, M) -> (B, k, C)."""
+        """x (B, k, C), context (B, M, C), mask (B, M), True where it may be read -> (B, k, C)."""
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                # (B, T, C) -> (B, H, T, D)
                    for t in (self.q_attn(x), *self.c_attn(context).chunk(2, dim=2)))
-        y = attend(q, k, v, mask, self.drop)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None],
+                                           dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))                            # (B, H, k, D) -> (B, k, C)
 
 
 class DialogBlock(Block):
-    """A GPT-2 block that looks at the context between its self-attention and its MLP."""
+    """A GPT-2 block that reads the context between its self-attention and its MLP."""
 
     def __init__(self, config):
         super().__init__(config)
         self.ln_cross_attn = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.crossattention = CrossAttention(config)
 
-    def forward(self, x, context, mask, keep):
-        x = x + self.drop(self.attn(self.ln_1(x), extend=keep))         # `extend` as a tap: k and v pass unchanged
+    def forward(self, x, context, mask):
+        y, present = self.attn(self.ln_1(x))
+        x = x + self.drop(y)
         x = x + self.drop(self.crossattention(self.ln_cross_attn(x), context, mask))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        return x + self.drop(self.mlp(self.ln_2(x))), present
 
 
-class DialogPrompt(NoPrompt):
-    """Unlike Prefix, the pairs depend on the context; unlike DynamicPrompt, they enter every layer (Gu et al. 2021).
+class DialogPrompt(PromptEncoder):
+    """Unlike prefix-tuning's, the keys and values depend on the context; unlike DynamicPrompt's, the prompt enters every
+    layer (Gu et al. 2021; after its released code).
 
-    k learned tokens run through a causal Transformer as deep as the GPT, whose blocks read the GPT's last hidden states
-    of the context. The keys and values of its self-attention, layer by layer, become the GPT's past. So its last block is
-    nothing but keys and values: what would follow could get no gradient.
+        c = GPT(x1, ..., xm)                                    the frozen GPT's last hidden states of the context
+        (k_l, v_l) for each layer l = Transformer(p1, ..., pk; c)       keys and values of its own self-attention
+        row = [x1, ..., xm, response], read after the keys k_l and values v_l
+
+    The Transformer is as deep as the GPT, and each of its blocks cross-attends to c. Its last block is nothing but keys and
+    values: what would follow could get no gradient.
     """
+    default_length, writes_past, reads_hidden_states = 5, True, True
 
-    trains_gpt, trains_embeddings = False, False
-    default_length = 5
-
-    def __init__(self, gpt, length, layers):
-        super().__init__(gpt, length, layers)
-        c = gpt.config
-        self.n_head = c.n_head
-        self.wte = nn.Embedding(length, c.n_embd)
-        self.wpe = nn.Embedding(length, c.n_embd)
-        self.drop = Dropout(c.dropout)
-        self.h = nn.ModuleList(DialogBlock(c) for _ in range(c.n_layer - 1))
-        self.ln_last = nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon)
-        self.c_last = nn.Linear(c.n_embd, 2 * c.n_embd)                             # the last layer's keys and values
+    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+        super().__init__(config, word_embeddings, prompt_length, max_query, layers)
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.wte = nn.Embedding(prompt_length, C)
+        self.wpe = nn.Embedding(prompt_length, C)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(DialogBlock(config) for _ in range(config.n_layer - 1))
+        self.ln_last = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
+        self.c_last = nn.Linear(C, 2 * C)                                           # the last layer's keys and values
         self.apply(init_weights)
         with torch.no_grad():
-            rows = gpt.wte.weight[5:5 + length]
+            rows = word_embeddings[5:5 + prompt_length]
             self.wte.weight[:len(rows)] = rows
 
-    def kv(self, gpt, query, lengths):
-        context = gpt.transform(query)                                              # (B, M, C)
-        mask = (torch.arange(query.size(1), device=query.device) < lengths[:, None])[:, None, None]     # (B, 1, 1, M)
-        kept = []
-
-        def keep(k, v):
-            kept.append(torch.stack((k, v)))                                        # (2, B, H, k, D)
-            return k, v
-
-        x = self.drop(self.wte.weight + self.wpe.weight).expand(len(query), -1, -1)             # (B, k, C)
+    def forward(self, hidden_states, mask):
+        x = self.drop(self.wte.weight + self.wpe.weight).expand(len(hidden_states), -1, -1)         # (B, k, C)
+        past = []
         for block in self.h:
-            x = block(x, context, mask, keep)
-        k, v = self.c_last(self.ln_last(x)).unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        keep(k, v)
-        return torch.stack(kept)                                                    # (L, 2, B, H, k, D)
+            x, present = block(x, hidden_states, mask)                              # present: 2 of (B, H, k, D)
+            past.append(present)
+        last = self.c_last(self.ln_last(x)).chunk(2, dim=2)                         # 2 of (B, k, C)
+        return past + [tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in last)]
 
 
-METHODS = {"finetune": NoPrompt, "soft": SoftPrompt, "dynamic": DynamicPrompt, "prompt-tuning": PromptTuning,
-           "p-tuning": PTuning, "prefix": Prefix, "dialogprompt": DialogPrompt}
+METHODS = {"finetune": FineTuning, "soft": SoftPrompt, "dynamic": DynamicPrompt, "prompt-tuning": PromptTuning,
+           "p-tuning": PTuning, "prefix": PrefixTuning, "dialogprompt": DialogPrompt}
 
 
-class LookUp(torch.autograd.Function):
-    """The word embedding wte (V, C) and ids (B, T) -> its rows (B, T, C), and wte once more, for the output layer.
+# ------------------------------------------------------------------------------------------------------- batch layout
 
-    Plain autograd would fill a gradient of wte's size for each of the two uses. This way the output layer's comes by here
-    on its way back, and the rows' few are added to it.
+@dataclass
+class Batch:
+    """Rows of [prompt][query][response]: figure 1 of Valvoda et al. 2022. Rows are contiguous and padded on the right, so
+    causal attention needs no mask.
+
+    Two examples, ([5, 6], [7, 8]) and ([9], [4]), under a method whose prompt is as long as the query:
+
+        ids              5 6  7 8           each query and response, padded to the batch's longest ones
+                         9 0  4 0
+        mask             1 1                True on the query's own tokens
+                         1 0
+        order            0 1 2 3 4 5        the rows, in columns of [prompt prompt | ids]: what row 1 skips is its gaps,
+                         0 2 4 0 0 0        and what is padding shows any column, as nothing reads it
+        label_positions  3 4  7             where response tokens are predicted, counted through all rows (b * T + t)
+        labels           7 8  4             those tokens; transformers' labels, without the -100 everywhere else
+        lengths          6 3
     """
+    ids: torch.Tensor                   # (B, M + R) int64, R: the longest response
+    mask: torch.Tensor                  # (B, M) bool
+    order: torch.Tensor                 # (B, T) int64
+    label_positions: torch.Tensor       # (N,) int64, N: response tokens in the batch
+    labels: torch.Tensor                # (N,) int64
+    lengths: list                       # B ints: prompt, query and response of each row
 
-    @staticmethod
-    def forward(ctx, wte, ids):
-        ctx.save_for_backward(ids)
-        return F.embedding(ids, wte), wte.view_as(wte)
-
-    @staticmethod
-    def backward(ctx, rows, wte):
-        ids, = ctx.saved_tensors
-        return wte.index_add_(0, ids.flatten(), rows.flatten(0, 1)), None
+    def to(self, device):
+        return Batch(*(to_device(value, device) if torch.is_tensor(value) else value for value in vars(self).values()))
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Logits (N or more, V) and targets (N,) int64 -> the cross-entropy of the first N rows, summed.
+def make_batch(examples, prompt_length):
+    """[(query ids, response ids), ...] -> Batch, on the CPU. prompt_length: a function, m -> prompt embeddings before it.
 
-    The logits are the largest tensor of a training step, and plain autograd would keep four of that size. Here their
-    gradient, softmax(logits) - one_hot(targets), is written over them at once, 64 rows at a time in float32.
+    >>> make_batch([([5, 6], [7, 8]), ([9], [4])], lambda m: m).order
+    tensor([[0, 1, 2, 3, 4, 5],
+            [0, 2, 4, 0, 0, 0]])
     """
+    queries, responses = zip(*examples)
+    M = max(map(len, queries))
+    P = prompt_length(M)
+    order, where = [], []
+    for query, response in examples:
+        m = len(query)
+        where.append(torch.arange(len(response)) + prompt_length(m) + m - 1)        # one before each response token
+        order.append(torch.cat((torch.arange(prompt_length(m)), P + torch.arange(m), P + M + torch.arange(len(response)))))
+    lengths, order = [len(row) for row in order], pad_sequence(order, batch_first=True)
+    ids = torch.cat([pad_sequence([torch.tensor(row, dtype=torch.int64) for row in part], batch_first=True)
+                     for part in (queries, responses)], dim=1)
+    return Batch(ids, torch.arange(M) < torch.tensor([[len(query)] for query in queries]), order,
+                 torch.cat([b * order.size(1) + t for b, t in enumerate(where)]),
+                 torch.tensor([token for response in responses for token in response], dtype=torch.int64), lengths)
 
-    @staticmethod
-    def forward(ctx, logits, targets):
-        loss = torch.zeros((), device=logits.device)
-        for rows, target in zip(logits[:len(targets)].split(64), targets[:, None].split(64)):
-            log_probs = F.log_softmax(rows.float(), dim=1)
-            loss -= log_probs.gather(1, target).sum()
-            if ctx.needs_input_grad[0]:
-                rows.copy_(log_probs.exp_().scatter_add_(1, target, log_probs.new_full(target.shape, -1.0)))
-        logits[len(targets):] = 0
-        ctx.save_for_backward(logits)
-        return loss
 
-    @staticmethod
-    def backward(ctx, grad):
-        gradient, = ctx.saved_tensors
-        return gradient.mul_(grad), None
-
+# -------------------------------------------------------------------------------------------------- GPT and prompt
 
 class PromptedGPT(nn.Module):
     """A GPT and one way of prompting it.
 
     method: a name in METHODS. prompt_length: k, for methods that have one (None: the method's default). max_query: the
-    longest query in tokens. train_embeddings: whether wte is trained (None: as the method says). dtype: what the products
-    are computed in; trained weights stay float32, frozen matrices are held in dtype once instead of cast in every step.
+    longest query in tokens. train_embeddings: whether wte is trained (None: as the method says). dtype: the type of matrix
+    products; trained weights stay float32, and so do embeddings, norms and logits.
+
+    >>> from model import GPT, GPTConfig
+    >>> model = PromptedGPT(GPT(GPTConfig(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=2)), "dynamic")
+    >>> model([([5, 6], [7, 8]), ([9], [4])]).shape         # two examples with three response tokens
+    torch.Size([3])
+    >>> [len(answer) for answer in model.generate([[5, 6], [9]], max_new_tokens=4, eot=-1)]
+    [4, 4]
     """
 
     def __init__(self, gpt, method, prompt_length=None, controller_layers=2, max_query=128, train_embeddings=None,
                  dtype=torch.float32):
         super().__init__()
         encoder = METHODS[method]
-        self.gpt, self.dtype, self.max_query = gpt, dtype, max_query
-        length = (prompt_length or encoder.default_length) if encoder.default_length else max_query
-        self.encoder = encoder(gpt, length, controller_layers)
+        self.gpt, self.dtype = gpt, dtype
+        self.encoder = encoder(gpt.config, gpt.wte.weight.detach(), prompt_length or encoder.default_length, max_query,
+                               controller_layers)
         gpt.requires_grad_(encoder.trains_gpt)
         gpt.wte.requires_grad_(encoder.trains_embeddings if train_embeddings is None else train_embeddings)
-        for p in gpt.parameters():
-            if not p.requires_grad and p.dim() > 1:
-                p.data = p.data.to(dtype)
+        for layer in gpt.h.modules():
+            if isinstance(layer, nn.Linear) and not encoder.trains_gpt:
+                layer.to(dtype)                 # once, instead of in every step
 
     @property
     def device(self):
@@ -286,47 +346,51 @@ class PromptedGPT(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def read(self, batch):
-        """Batch -> input embeddings (B, T + padding, C), the prompt's vectors in their slots; its pairs or None; and wte."""
-        x, wte = LookUp.apply(self.gpt.wte.weight, batch.ids)                       # the only look-up: -> (B, T, C)
-        T, M = x.size(1), int(batch.query.max())
-        M = max(M, min(M + -M % 16, T, self.max_query))             # few lengths: on a CPU, each costs a kernel to compile
-        columns = batch.prompt[:, None] + torch.arange(M, device=x.device)          # where the queries stand: (B, M),
-        columns = columns.clamp(max=T - 1)[..., None].expand(-1, -1, x.size(2))     # padding might point past the row
-        query = x.gather(1, columns)                                                # (B, M, C)
-        vectors = self.encoder.vectors(query)
-        if vectors is not None:
-            is_slot = torch.arange(T, device=x.device) < batch.prompt[:, None]                  # (B, T)
-            x = torch.where(is_slot[..., None], F.pad(vectors, (0, 0, 0, T - vectors.size(1))), x)
-        kv = self.encoder.kv(self.gpt, query, batch.query)
-        room = self.gpt.config.n_positions - T - (0 if kv is None else kv.size(-2))
-        x = F.pad(x, (0, 0, 0, min(-T % 8, max(0, room))))                          # again few lengths
-        return x, kv, wte
+    def batch(self, examples):
+        """[(query ids, response ids), ...] -> Batch. Raises ValueError for a query without tokens, or with too many."""
+        sizes = [len(query) for query, _ in examples]
+        if not 0 < min(sizes) <= max(sizes) <= self.encoder.max_query:
+            raise ValueError(f"a query has {min(sizes) and max(sizes)} tokens, expected 1 to {self.encoder.max_query} (max_query)")
+        return make_batch(examples, self.encoder.length).to(self.device)
 
-    def logits(self, batch):
-        """Batch -> the logits (N + padding, V) at its N response positions, and nowhere else: V is large."""
+    def embed(self, batch):
+        """Batch -> the rows' input embeddings (B, T, C), and the prompt's keys and values, or None."""
+        words = self.gpt.wte(batch.ids)                                             # (B, M + R, C)
+        queries = words[:, :batch.mask.size(1)] * batch.mask[..., None]             # the encoder never sees a response
+        if self.encoder.reads_hidden_states:
+            queries, _ = self.gpt.hidden_states(queries)
+        prompt = self.encoder(queries, batch.mask)
+        past = prompt if self.encoder.writes_past else None
+        x = words if past else torch.cat((prompt, words), dim=1)                    # [prompt ; query ; response]
+        return x.gather(1, batch.order[..., None].expand(-1, -1, x.size(2))), past  # the padding moves to the right
+
+    def label_logits(self, batch):
+        """Batch -> float32 logits (N, V) where response tokens are predicted, and nowhere else: V is large."""
         with self.autocast():
-            x, kv, wte = self.read(batch)
-            hidden = self.gpt.transform(x, None if kv is None else Past(kv))[:, :batch.ids.size(1)]         # (B, T, C)
-            hidden = hidden.flatten(0, 1)[batch.where]                                                      # (N, C)
-            return F.linear(F.pad(hidden, (0, 0, 0, -len(hidden) % 64)), wte)       # again few shapes
+            x, past = self.embed(batch)
+            hidden, _ = self.gpt.hidden_states(x, past)                             # (B, T, C)
+            return self.gpt.logits(hidden.flatten(0, 1)[batch.label_positions])
 
-    def forward(self, batch):
-        """Batch -> the cross-entropy of its response tokens, summed: divide by their number for the mean."""
-        return CrossEntropy.apply(self.logits(batch), batch.targets)
+    def forward(self, examples):
+        """[(query ids, response ids), ...] -> the cross-entropy of each response token, in order: (N,)."""
+        batch = self.batch(examples)
+        return F.cross_entropy(self.label_logits(batch), batch.labels, reduction="none")
 
-    def answer(self, batches, max_new_tokens, eot, temperature=0.0, top_p=1.0, batch_size=64):
-        """Batches of queries -> list of token lists, in their order; see `GPT.answer`."""
-        def groups():
-            for batch in batches:
-                x, kv, _ = self.read(batch)
-                yield x, batch.prompt + batch.query, kv
-
+    @torch.no_grad()
+    def generate(self, queries, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
+        """Answer each of a list of token lists, all in one batch, as `GPT.generate` does, but behind its prompt. (`self.gpt`
+        alone would answer without one.)"""
+        batch = self.batch([(query, []) for query in queries])
+        was_training = self.training
+        self.eval()
         with self.autocast():
-            return self.gpt.answer(groups(), max_new_tokens, eot, temperature, top_p, batch_size)
+            x, past = self.embed(batch)
+            answers = self.gpt.generate_from(x, batch.lengths, past, max_new_tokens, eot, temperature, top_p)
+        self.train(was_training)
+        return answers
 
     def trained(self):
-        """What is trained, by name: all that a checkpoint needs to hold."""
+        """What is trained, by name: all that a run's checkpoint needs to hold."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained(self, tensors):

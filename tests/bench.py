@@ -1,373 +1,311 @@
-"""Ours against transformers and peft on the same work, side by side in one run, as a Markdown table.
+"""Ours against transformers and peft on the same work, side by side in one run, as a Markdown table. Run by hand:
 
-    python tests/bench.py                                # all rows, 20 minutes on two cores
-    python tests/bench.py --only soft generate-16        # some rows
-    python tests/bench.py --quick                        # a smoke run: two layers, one batch, numbers mean nothing
+    python tests/bench.py                               # all rows; in float32 half an hour or more on two cores
+    python tests/bench.py --only soft generate-16       # some rows
+    python tests/bench.py --device cuda                 # both sides on a GPU
+    python tests/bench.py --quick                       # a smoke run: two layers, one batch, numbers mean nothing
 
-The work: GPT-2 small's shape with random weights, dropout 0, real DailyDialog pairs, queries and responses up to 128 tokens.
+The work: GPT-2 small's shape with random weights, dropout 0, real pairs with queries and responses of up to 128 tokens.
+They are DailyDialog's first 8,000 where it and GPT-2's vocabulary lie in ../shared, else the embedded dialogues'.
+Training takes 8 pairs a step and clips gradients at norm 1. Answers are greedy, and take as many steps as their
+references have tokens.
 
-    ours        as train.py and evaluate.py do it: bfloat16 where it is fast, batches of similar length, fused AdamW;
-                answers leave and queries enter while others are under way, never more than a batch at once
-    as written  transformers as its users write it: float32, batches in shuffled order, labels=, torch.optim.AdamW as it comes
-    at best     the same code with bfloat16 autocast and batches of similar length
+    ours        as train.py and evaluate.py do it: their choice of type, batches of similar length, fused AdamW
+    as written  transformers as its users write it: float32, shuffled batches, labels=, torch.optim.AdamW as it comes
+    at best     the same code with our batches, and with autocast to bfloat16 where a short test finds that faster
 
-All clip gradients at norm 1, as train.py does, and transformers' Trainer unless told otherwise.
-
-Before timing, both sides must compute the same loss (float32, 1e-3) or the same tokens. Every round draws new batches, one from
-each stretch of the epoch's batches in order of length, so that few stand for all; then the sides, each in a process of its own, take
-turns, and the median over rounds counts.
+First both sides must compute the same loss (within 1e-3) or the same tokens, in float32 on the CPU. Then the sides take
+turns, each in a process of its own. Every round draws new batches, one from each stretch of the epoch's batches in the
+order of length, so that few stand for all, and the median over the rounds counts. A first round warms up. It ends with
+the epoch's longest batch, so that the row `memory`, the most that a process held while it trained `soft`, is true of
+the whole epoch.
 """
 import argparse
+import functools
+import multiprocessing
+import platform
 import random
+import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
-from torch.nn.utils.rnn import pad_sequence
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT))
-from data import checkpoint_folder, encode_pairs, group_by_length, load_tokenizer, make_batch, make_pairs, read_dialogues  # noqa: E402
-from evaluate import choose_device  # noqa: E402
-from model import GPT, read_config  # noqa: E402
-from prompt_encoder import PromptedGPT  # noqa: E402
-from train import clip, keep_memory  # noqa: E402
+from conftest import SHARED
+import model
+from data import checkpoint_folder, encode_pairs, group_by_length, load_tokenizer, make_pairs, read_dialogues
+from evaluate import choose_device
+from prompt_encoder import PromptedGPT
+from theirs import LIMIT, THEIRS
 
-LIMIT, EOT = 128, 50256
-GOALS = {"soft": (6, 3), "dynamic": (6, 3), "finetune": (5, 2.5), "prefix": (5, 2.5), "dialogprompt": (5, 2.5),    # as written, at best
-         "generate-16": (5, 2.5), "generate-64": (5, 2.5), "memory": (0.5, 0.6)}
-SIDES = {"ours": choose_device("cpu", "auto")[1], "as written": torch.float32, "at best": torch.bfloat16}
+ROWS = {"soft": ("soft", 8), "dynamic": ("dynamic", 8), "finetune": ("finetune", 8), "prefix": ("prefix", 8),
+        "dialogprompt": ("dialogprompt", 8), "generate-16": ("generate", 16), "generate-64": ("generate", 64),
+        "memory": ("soft", 8)}                                                          # task, pairs in a batch
 
 
-# ------------------------------------------------------------------------------------------------------ the two sides
-
-class Ours(nn.Module):
-    def __init__(self, folder, method, dtype):
-        super().__init__()
-        self.model = PromptedGPT(GPT.from_pretrained(folder), method, max_query=LIMIT, dtype=dtype)
-
-    def forward(self, examples):
-        """[(query ids, response ids), ...] -> mean loss per response token."""
-        return self.model(make_batch(examples, self.model.encoder.slots)) / sum(len(r) for _, r in examples)
-
-    def answer(self, examples, size):
-        """Greedy answers, size at a time, each as long as its reference: no token is -1, so none ends early."""
-        groups = group_by_length([(q, []) for q, _ in examples], size // 4)
-        order = [i for indices in groups for i in indices]
-        batches = (make_batch([examples[i] for i in indices], self.model.encoder.slots, responses=False) for indices in groups)
-        found = self.model.answer(batches, [len(examples[i][1]) for i in order], eot=-1, batch_size=size)
-        return [answer for _, answer in sorted(zip(order, found))]
+@functools.cache
+def load_examples():
+    """-> [(query ids, response ids), ...]: DailyDialog's training pairs in GPT-2's tokens, or the embedded ones."""
+    data, vocabulary = SHARED / "dailydialog", SHARED / "gpt2-bpe"
+    if not (data.is_dir() and vocabulary.is_dir()):
+        data, vocabulary = "sample", checkpoint_folder("tiny-gpt2")
+    return encode_pairs(make_pairs(read_dialogues(data)["train"])[:8000], load_tokenizer(vocabulary), LIMIT, LIMIT)
 
 
-def pad(rows, value=0):
-    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
+# ---------------------------------------------------------------------------------------------------------------- ours
+
+def load_ours(folder, method, dtype):
+    return PromptedGPT(model.GPT.from_pretrained(folder), method, max_query=LIMIT, dtype=dtype)
 
 
-class Theirs(nn.Module):
-    """Fine-tuning with transformers, and what the other methods share. It is imported here, as our process has no need of it."""
+class EndAtReference:
+    """Stands in for model.sample_next_token: greedy, but a row's last token is -1, the end, as its reference ends."""
 
-    frozen = None               # what of the GPT is not trained: "blocks", "all" or None
+    def __init__(self, lengths):
+        self.left = lengths                             # tokens to come, of the rows that are still in the batch
 
-    def __init__(self, folder, dtype):
-        super().__init__()
-        from transformers import GPT2LMHeadModel, logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.gpt, self.dtype = GPT2LMHeadModel.from_pretrained(folder).train(), dtype
-        self.gpt.requires_grad_(self.frozen is None)
-        self.gpt.transformer.wte.requires_grad_(self.frozen != "all")
-
-    def forward(self, examples):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.loss(examples)
-
-    def inputs(self, examples, prompts=None):
-        """What GPT2LMHeadModel reads: mask and labels (-100 where there is no loss), with room for prompts (m of them, or none)."""
-        m = [len(q) if prompts else 0 for q, _ in examples]
-        return {"attention_mask": pad([[1] * (m + len(q) + len(r)) for m, (q, r) in zip(m, examples)]),
-                "labels": pad([[-100] * (m + len(q)) + r for m, (q, r) in zip(m, examples)], -100)}
-
-    def loss(self, examples):
-        return self.gpt(pad([q + r for q, r in examples]), **self.inputs(examples)).loss
-
-    def answer(self, examples):
-        from transformers import StoppingCriteria, StoppingCriteriaList
-        rows, limits = [q for q, _ in examples], torch.tensor([len(r) for _, r in examples])
-        T = max(map(len, rows))
-
-        class AtReference(StoppingCriteria):
-            def __call__(self, ids, scores, **others):
-                return ids.size(1) - T >= limits                                        # row by row
-
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            ids = self.gpt.eval().generate(
-                torch.tensor([[EOT] * (T - len(row)) + row for row in rows]),
-                attention_mask=torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows]), do_sample=False,
-                max_new_tokens=int(limits.max()), pad_token_id=EOT, stopping_criteria=StoppingCriteriaList([AtReference()]))
-        return [row[:limit] for row, limit in zip(ids[:, T:].tolist(), limits)]
+    def __call__(self, logits, temperature, top_p):
+        tokens = logits.argmax(dim=-1)
+        self.left = [n - 1 for n in self.left]
+        if 0 in self.left:
+            tokens[[i for i, n in enumerate(self.left) if n == 0]] = -1
+            self.left = [n for n in self.left if n > 0]         # `generate_from` drops these rows, too
+        return tokens
 
 
-class TheirSoft(Theirs):
-    frozen = "blocks"
-
-    def __init__(self, folder, dtype):
-        super().__init__(folder, dtype)
-        self.prompt = nn.Embedding(LIMIT, self.gpt.config.n_embd)
-        nn.init.normal_(self.prompt.weight, std=0.02)
-
-    def prompts(self, words):
-        """Embeddings of the queries, padding behind them (B, M, C) -> prompt vectors (B, M, C)."""
-        return self.prompt.weight[:words.size(1)].expand(len(words), -1, -1)
-
-    def loss(self, examples):
-        words = self.gpt.transformer.wte(pad([q + r for q, r in examples]))             # (B, T, C)
-        prompts = self.prompts(words[:, :max(len(q) for q, _ in examples)])             # a response is padding here
-        rows = [torch.cat((p[:len(q)], w[:len(q) + len(r)])) for p, w, (q, r) in zip(prompts, words, examples)]
-        return self.gpt(inputs_embeds=pad_sequence(rows, batch_first=True), **self.inputs(examples, prompts=True)).loss
+def our_answers(ours, examples):
+    lengths = [len(response) for _, response in examples]
+    with mock.patch.object(model, "sample_next_token", EndAtReference(lengths)):
+        return ours.generate([query for query, _ in examples], max(lengths), eot=-1)
 
 
-class TheirDynamic(TheirSoft):
-    def __init__(self, folder, dtype):
-        from transformers import GPT2Config, GPT2Model
-        super().__init__(folder, dtype)
-        self.prompt = GPT2Model(GPT2Config(**self.gpt.config.to_dict() | {"n_layer": 2, "vocab_size": 1, "n_positions": LIMIT}))
-
-    def prompts(self, words):
-        return self.prompt(inputs_embeds=words).last_hidden_state                       # causal, so padding needs no mask
-
-
-class TheirPrefix(Theirs):
-    frozen = "all"
-
-    def __init__(self, folder, dtype):
-        from peft import PrefixTuningConfig, get_peft_model
-        super().__init__(folder, dtype)
-        self.gpt = get_peft_model(self.gpt, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10, prefix_projection=True,
-                                                               encoder_hidden_size=512))
-        self.prompt = self.gpt.prompt_encoder["default"]
-
-
-class TheirDialogPrompt(Theirs):
-    frozen = "all"
-
-    def __init__(self, folder, dtype):
-        from transformers import GPT2Config, GPT2Model
-        super().__init__(folder, dtype)
-        self.prompt = GPT2Model(GPT2Config(**self.gpt.config.to_dict() | {"vocab_size": 5, "n_positions": 5, "add_cross_attention": True}))
-
-    def loss(self, examples):
-        query, inputs = pad([q for q, _ in examples]), self.inputs(examples)
-        mask = pad([[1] * len(q) for q, _ in examples])
-        context = self.gpt.transformer(query, attention_mask=mask, use_cache=False).last_hidden_state
-        past = self.prompt(torch.arange(5).expand(len(query), -1), encoder_hidden_states=context, encoder_attention_mask=mask, use_cache=True)
-        inputs["attention_mask"] = torch.cat((torch.ones(len(query), 5, dtype=torch.int64), inputs["attention_mask"]), dim=1)
-        return self.gpt(pad([q + r for q, r in examples]), past_key_values=past.past_key_values.self_attention_cache, **inputs).loss
-
-
-THEIRS = {"finetune": Theirs, "soft": TheirSoft, "dynamic": TheirDynamic, "prefix": TheirPrefix, "dialogprompt": TheirDialogPrompt}
-
+# -------------------------------------------------------------------------------------------- do they compute the same?
 
 @torch.no_grad()
 def copy_prompt(ours, theirs):
     """Give their prompt encoder our weights; transformers stores its matrices the other way round."""
-    mine = dict(ours.model.encoder.named_parameters())
+    mine = dict(ours.encoder.named_parameters())
     for name, p in theirs.prompt.named_parameters():
         name = {"weight": "table", "embedding.weight": "table"}.get(name, name.replace("transform.", "mlp."))
         if name in mine:
             p.copy_(mine[name].t() if name.endswith(("attn.weight", "c_proj.weight", "c_fc.weight")) else mine[name])
-    if "c_last.weight" in mine:                                     # of the last layer, DialogPrompt has keys and values alone
+    if "c_last.weight" in mine:                                     # DialogPrompt's last layer is keys and values alone
         C, last = mine["c_last.weight"].size(1), theirs.prompt.h[-1]
-        last.ln_1.load_state_dict(ours.model.encoder.ln_last.state_dict())
+        last.ln_1.load_state_dict(ours.encoder.ln_last.state_dict())
         last.attn.c_attn.weight[:, C:] = mine["c_last.weight"].t()
         last.attn.c_attn.bias[C:] = mine["c_last.bias"]
 
 
-# ------------------------------------------------------------------------------------------------------ what is measured
-
-def trainer(side, method, folder):
-    """A function that trains on batches."""
-    if side == "ours":
-        keep_memory()
-    model = Ours(folder, method, SIDES[side]) if side == "ours" else THEIRS[method](folder, SIDES[side])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=True if side == "ours" else None)
-
-    def run(batches):
-        for examples in batches:
-            loss = model(examples)
-            loss.backward()
-            clip(parameters, optimizer) if side == "ours" else nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-    return run
-
-
-def answerer(side, folder, size):
-    """A function that answers batches: theirs one after the other; ours lets the next queries in as answers are finished."""
-    if side == "ours":
-        model = Ours(folder, "finetune", SIDES[side])
-        return lambda batches: model.answer([example for batch in batches for example in batch], size)
-    model = Theirs(folder, SIDES[side])
-    return lambda batches: [model.answer(batch) for batch in batches]
-
-
-def check(row, folder, examples):
-    """Both sides compute the same, in float32."""
-    if row.startswith("generate"):
-        ours, theirs = Ours(folder, "finetune", torch.float32).answer(examples, 4), Theirs(folder, torch.float32).answer(examples)
-        assert ours == theirs, f"{row}: ours {ours}, theirs {theirs}"
+def check(work):
+    """Both sides compute the same, in float32 on the CPU."""
+    examples = draw(work, "ours", seed=0, n=3)[1][:4]
+    method = "finetune" if work.task == "generate" else work.task
+    ours, theirs = load_ours(work.folder, method, torch.float32), THEIRS[method](work.folder, torch.float32)
+    if work.task == "generate":
+        found = our_answers(ours, examples), theirs.answers(examples)
+        assert found[0] == found[1], f"answers: ours {found[0]}, theirs {found[1]}"
         return
-    ours, theirs = Ours(folder, row, torch.float32), THEIRS[row](folder, torch.float32)
-    if row != "finetune":
+    if method != "finetune":
         copy_prompt(ours, theirs)
-    losses = ours(examples).item(), theirs(examples).item()
-    assert abs(losses[0] / losses[1] - 1) < 1e-3, f"{row}: ours {losses[0]}, theirs {losses[1]}"
+    losses = ours(examples).mean().item(), theirs(examples).item()
+    assert abs(losses[0] / losses[1] - 1) < 1e-3, f"{method}: ours {losses[0]}, theirs {losses[1]}"
 
 
-def draw(side, row, examples, size, n, seed):
-    """n batches of an epoch, one from each stretch of its batches in order of their longest row. Both sides that group get the same ones."""
-    known, slots = examples, (lambda m: m) if row in ("soft", "dynamic") else (lambda m: 0)
-    if row.startswith("generate"):
-        known = [(q, []) for q, _ in examples]                              # before it answers, nobody knows how long the answers are
-    batches = group_by_length(known, size, seed, slots)
+# ----------------------------------------------------------------------------------------------------- what is measured
+
+@dataclass(frozen=True)
+class Work:
+    task: str               # a method to train, or "generate"
+    size: int               # pairs in a batch
+    batches: int            # in a round
+    folder: str             # the checkpoint
+    device: str             # cpu or cuda
+
+
+@functools.cache
+def runner(side, task, folder, device, dtype):
+    """-> a function that trains on batches of examples, and gives the losses; for "generate": that answers them."""
+    if side != "as written":
+        choose_device(device, dtype)            # it also sets how a GPU computes float32 products and attention
+    method, dtype = "finetune" if task == "generate" else task, getattr(torch, dtype)
+    net = load_ours(folder, method, dtype) if side == "ours" else THEIRS[method](folder, dtype)
+    net.to(device)
+    if task == "generate":
+        answers = functools.partial(our_answers, net) if side == "ours" else net.answers
+        return lambda batches: [answers(examples) for examples in batches]
+    parameters = [p for p in net.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=True if side == "ours" else None)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+
+    def train(batches):
+        losses = []
+        for examples in batches:
+            loss = net(examples).mean()                         # theirs is a mean already
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return losses
+    return train
+
+
+def draw(work, side, seed, n):
+    """n batches of an epoch, one from each stretch of its batches in order of their longest row. Ours and theirs at
+    best get the same ones."""
+    examples = load_examples()
+
+    def row_length(example):
+        query, response = example
+        if work.task == "generate":             # before it answers, nobody knows how long the answers are
+            return len(query)
+        return len(query) * (2 if work.task in ("soft", "dynamic") else 1) + len(response)
+
+    batches = group_by_length(examples, work.size, row_length, seed)
     if side == "as written":
         order = [i for batch in batches for i in batch]
         random.Random(seed).shuffle(order)
-        batches = [order[i:i + size] for i in range(0, len(order), size)]
-    batches.sort(key=lambda batch: max(slots(len(known[i][0])) + sum(map(len, known[i])) for i in batch))
-    chosen = [random.Random(seed + i).choice(batches[len(batches) * i // n:len(batches) * (i + 1) // n]) for i in range(n)]
-    return [[examples[i] for i in batch] for batch in chosen]
+        batches = [order[i:i + work.size] for i in range(0, len(order), work.size)]
+    batches.sort(key=lambda batch: max(row_length(examples[i]) for i in batch))
+    stretches = [batches[len(batches) * i // n:len(batches) * (i + 1) // n] for i in range(n)]
+    return [[examples[i] for i in random.Random(seed + i).choice(stretch)] for i, stretch in enumerate(stretches)]
 
 
-def flops(row, config, examples):
-    """Operations that the work needs: 2 for each parameter a token meets, once forward, once more if a gradient passes through, and
-    once more if the parameter is trained. Padding, attention's scores and all that is done twice do not count."""
-    C, L, V = config.n_embd, config.n_layer, config.vocab_size
-    block, queries, responses = 12 * C * C, sum(len(q) for q, _ in examples), sum(len(r) for _, r in examples)
-    tokens = queries + responses
-    if row.startswith("generate"):
-        return 2 * (L * block * tokens + V * C * responses)
-    if row == "finetune":
-        return 2 * 3 * (L * block * tokens + V * C * responses)
-    if row in ("soft", "dynamic"):
-        controller = 3 * 2 * block * queries if row == "dynamic" else 0
-        return 2 * (2 * L * block * (tokens + queries) + 3 * V * C * responses + controller)
-    k, encoder = 10, 3 * (512 * C + 512 * 2 * L * C)                        # prefix: a table and an MLP, once for the batch
-    if row == "dialogprompt":                                               # the context; k tokens a pair; keys and values of the context
-        k, encoder = 5 * len(examples), 3 * (L * block + 2 * L * C * C)
-    context = L * block * queries + 2 * L * 2 * C * C * queries if row == "dialogprompt" else 0
-    return 2 * (2 * L * block * tokens + 2 * V * C * responses + k * encoder + context)
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def peak(dtype, n=4096):
-    """This machine's matrix multiplications, in operations per second: the best of five."""
-    a, b = torch.randn(2, n, n).to(dtype)
-    seconds = []
-    for _ in range(6):
-        begun = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - begun)
-    return 2 * n ** 3 / min(seconds)
+def gigabytes(device):
+    """The most that this process has held so far: of the GPU's memory, or resident in the machine's (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 
-def serve(side, row, folder, examples, batches):
-    """One side in a process of its own: for each seed that is asked for, a round of work -> seconds, units and operations."""
-    answers, size = row.startswith("generate"), int(row.split("-")[1]) if row.startswith("generate") else 8
-    run = answerer(side, folder, size) if answers else trainer(side, row, folder)
-    config = read_config(Path(folder) / "config.json")
-    if answers:
-        batches *= 64 // size                                               # 64 queries or more: the last to end are few among them
-    for seed in map(int, sys.stdin):                                        # seed 0 warms up
-        drawn = draw(side, row, examples, size, batches, seed)
-        begun = time.perf_counter()
-        run(drawn)
-        seconds, work = time.perf_counter() - begun, [example for batch in drawn for example in batch]
-        print(seconds, sum(len(r) for _, r in work) if answers else len(work), flops(row, config, work), flush=True)
+def measure(work, side, dtype, seed):
+    """One round of one side -> pairs, or reference tokens, per second. Round 0 warms up: it adds the longest batch."""
+    run = runner(side, work.task, work.folder, work.device, dtype)
+    batches = draw(work, side, seed, work.batches)
+    if seed == 0:
+        batches += draw(work, side, seed, len(load_examples()) // work.size)[-1:]
+    synchronize(work.device)
+    begun = time.perf_counter()
+    run(batches)
+    synchronize(work.device)
+    seconds, examples = time.perf_counter() - begun, [example for batch in batches for example in batch]
+    return (sum(len(r) for _, r in examples) if work.task == "generate" else len(examples)) / seconds
 
 
-def race(row, folder, command, rounds):
-    """-> for each side: pairs (or reference tokens) per second, and operations per second, medians over rounds."""
-    servers = {side: subprocess.Popen([*command, "--serve", side, row, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-               for side in SIDES}
-    speeds = {side: [] for side in SIDES}
+def own_process():
+    """An executor whose calls all run in one fresh process."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def race(work, dtypes, rounds):
+    """The sides, named in dtypes with their types, take turns -> for each its median speed, and peak memory in GB."""
+    processes = {side: own_process() for side in dtypes}
+    speeds = {side: [] for side in dtypes}
     for seed in range(rounds + 1):
-        for side, server in servers.items():
-            print(seed, file=server.stdin, flush=True)
-            seconds, units, operations = map(float, server.stdout.readline().split())
-            if seed > 0:
-                speeds[side].append((units / seconds, operations / seconds))
-    for server in servers.values():
-        server.communicate()
-    return {side: [statistics.median(values) for values in zip(*speeds[side])] for side in SIDES}
+        for side, process in processes.items():
+            speeds[side].append(process.submit(measure, work, side, dtypes[side], seed).result())
+    memory = {side: process.submit(gigabytes, work.device).result() for side, process in processes.items()}
+    for process in processes.values():
+        process.shutdown()
+    return {side: (statistics.median(speeds[side][1:] or [0]), memory[side]) for side in dtypes}
 
 
-def peak_memory(side, folder, examples, batches):
-    """Train soft on a sample of an epoch and on its longest batch -> GB that were resident at most (Linux), in a process of its own."""
-    trainer(side, "soft", folder)(draw(side, "soft", examples, 8, batches, 1) + draw(side, "soft", examples, 8, len(examples) // 8, 1)[-1:])
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6 * 1.024
+# ------------------------------------------------------------------------------------------------- where it is measured
+
+def fastest(dtypes, device):
+    """The fastest of some types in a layer of GPT-2 small's MLP, forward and backward, with autocast as theirs.
+
+    It begins with few rows and drops what is four times slower than another type: on a processor without bfloat16, that
+    is hundreds of times slower, and 256 rows would take a minute.
+    """
+    layer = nn.Linear(768, 3072).to(device)
+
+    def seconds(dtype, rows):
+        times, x = [], torch.randn(rows, 768, device=device, requires_grad=True)
+        while len(times) < 2 or len(times) < 5 and sum(times) < 0.2:            # the first one warms up
+            synchronize(device)
+            begun = time.perf_counter()
+            with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+                y = layer(x)
+            y.sum().backward()
+            synchronize(device)
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    for rows in (4, 16, 64, 256):
+        best = {dtype: seconds(dtype, rows) for dtype in dtypes}
+        dtypes = [dtype for dtype in dtypes if best[dtype] < 4 * min(best.values())]
+    return min(best, key=best.get)
 
 
-def load_examples():
-    """DailyDialog's training pairs in GPT-2's tokens: both from a folder beside the repository, or downloaded."""
-    data, bpe = SHARED / "dailydialog", SHARED / "gpt2-bpe"
-    dialogues = read_dialogues(data if data.is_dir() else "dailydialog")["train"]
-    return encode_pairs(make_pairs(dialogues), load_tokenizer(bpe if bpe.is_dir() else checkpoint_folder("gpt2")), LIMIT, LIMIT)
+def choose_dtypes(device):
+    """-> the type of each side on this device, by name."""
+    ours = str(choose_device(device)[1]).removeprefix("torch.")
+    return {"ours": ours, "as written": "float32", "at best": fastest({"float32": 0, "bfloat16": 0, ours: 0}, device)}
+
+
+def describe(device, dtypes):
+    """Where this runs, and in which types, in one line."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    machine = [torch.cuda.get_device_name()] if device == "cuda" else []
+    machine += [name[1] if name else platform.processor(), f"{torch.get_num_threads()} threads"]
+    sides = ", ".join(f"{side} {dtype}" for side, dtype in dtypes.items())
+    return f"{', '.join(machine)}, torch {torch.__version__}; {sides}"
+
+
+def make_checkpoint(folder, **shape):
+    """A GPT-2 with random weights, by transformers, dropout 0. The reference's length alone ends an answer."""
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    gpt.generation_config.eos_token_id = None
+    gpt.save_pretrained(folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(GOALS), default=list(GOALS), metavar="ROW", help=f"some of: {', '.join(GOALS)}")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
+                        help=f"some of: {', '.join(ROWS)}")
     parser.add_argument("--batches", type=int, default=4, help="batches in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, each with batches of its own (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each with new batches (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two layers, one batch, one round")
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)                    # SIDE FOLDER: these two are for
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)                     # SIDE ROW FOLDER: processes of one side
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of both sides (default: %(default)s)")
     args = parser.parse_args()
-    examples = load_examples()
-    if args.memory:
-        print(peak_memory(*args.memory, examples, args.batches))
-        return
-    if args.serve:
-        serve(*args.serve, examples, args.batches)
-        return
-    from transformers import GPT2Config, GPT2LMHeadModel
     if args.quick:
         args.batches, args.rounds = 1, 1
-    command = [sys.executable, __file__, "--batches", str(args.batches)]
-    torch.manual_seed(0)
+    dtypes = choose_dtypes(args.device)
+    print(f"{describe(args.device, dtypes)}; {args.rounds} rounds of {args.batches} batches\n\n"
+          "| Work | ours | theirs, as written | theirs at best | ours / as written | ours / at best |\n"
+          "|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
-        config = GPT2Config(n_layer=2 if args.quick else 12, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = GPT2LMHeadModel(config)
-        model.generation_config.eos_token_id = None                         # the reference's length alone ends an answer
-        model.save_pretrained(folder)
-        del model
-        peaks = {dtype: peak(dtype) for dtype in (torch.float32, torch.bfloat16)}
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; matrix multiplication: " + ", ".join(
-            f"{str(dtype).removeprefix('torch.')} {p / 1e9:,.0f} GFLOP/s" for dtype, p in peaks.items()) +
-            f"; {args.rounds} rounds of {args.batches} batches\n")
-        print("| Work | ours | theirs, as written | theirs at best | ours / as written (goal) | ours / best (goal) | share of peak: ours, as written, best |\n"
-              "|---|---:|---:|---:|---:|---:|---:|")
+        make_checkpoint(folder, n_layer=2 if args.quick else 12)
         for row in args.only:
-            if row == "memory":
-                values = [float(subprocess.run([*command, "--memory", side, folder], check=True, capture_output=True, text=True).stdout)
-                          for side in SIDES]
-                name, unit, shares, sign = "peak memory, train soft", "GB", "", "≤"
-            else:
-                check(row, folder, draw("ours", row, examples, 4, 3, seed=0)[1])
-                result = race(row, folder, command, args.rounds)
-                values, operations = zip(*result.values())
-                shares = ", ".join(f"{o / peaks[dtype]:.0%}" for o, dtype in zip(operations, SIDES.values()))
-                name, unit, sign = (row.replace("-", ", batch "), "tokens/s", "≥") if row.startswith("generate") else (f"train {row}", "pairs/s", "≥")
-            ours, *theirs = values
-            print(f"| {name} | " + " | ".join(f"{v:,.{0 if v >= 100 else 2}f} {unit}" for v in values) + " | " + " | ".join(
-                f"{ours / v:.2f} ({sign} {goal})" for v, goal in zip(theirs, GOALS[row])) + f" | {shares} |", flush=True)
+            task, size = ROWS[row]
+            batches = args.batches * (64 // size if task == "generate" else 1)  # as many queries in small batches
+            work = Work(task, size, batches, folder, args.device)
+            check(work)
+            speeds, memory = zip(*race(work, dtypes, 0 if row == "memory" else args.rounds).values())
+            ours, *theirs = values = memory if row == "memory" else speeds
+            name, unit = (("peak memory, train soft", "GB") if row == "memory" else
+                          (f"generate, batch {size}", "tokens/s") if task == "generate" else
+                          (f"train {task}", "pairs/s"))
+            print(f"| {name} | " + " | ".join(f"{v:,.{0 if v >= 100 else 2}f} {unit}" for v in values) + " | "
+                  + " | ".join(f"{ours / v:.2f}" for v in theirs) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
-"""Checkpoint files from strangers: sound ones load as the reference library loads them, all others are refused."""
+"""Checkpoint folders: every published layout loads with transformers' logits; broken and hostile files are refused."""
 import json
-import os
-import pickle
-import random
 import tracemalloc
 from contextlib import contextmanager
 
@@ -10,300 +7,277 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from transformers import GPT2LMHeadModel
 
-from model import DTYPES, GPT, GPTConfig, is_conv1d, read_safetensors, replace, write_safetensors
+from model import DTYPES, GPT, read_safetensors, replace, write_safetensors
+from test_model import assert_same_logits, loaded, random_gpt2
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-SHAPE = {"vocab_size": 11, "n_positions": 8, "n_embd": 6, "n_layer": 1, "n_head": 3}
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 ONE = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-NASTY = [                               # what a stranger may put where a header has something else
-    None, True, -1, 0, 1, 0.5, 1e300, 2**31, 2**63, 2**64, 10**30, "", "F16", "I32", "F7", [], {}, [[]], [-1],
-    [6, 6, 0], [0, 2**62, 2**62, 2**62], [2**32, 2**32], [0, 1e9], [0, 2**40], [3, 2, 1], ["6"], "\x1b[31m", "\ud800"]
 
 
-def layout(header, data=b"", length=None):
+def edit_config(folder, **changes):
+    """Write changes into config.json; None removes a key."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@contextmanager
+def refused(path, match=None):
+    """What happens inside must be refused in one short sentence that names the file, using little memory."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=match) as caught:
+            yield caught
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """The first time, this makes torch import 70 MB of itself, which `refused` should not count."""
+    torch.empty(1, device="meta").normal_()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with config.json, transformers' model, and its tensors, to be changed and saved."""
+    model = random_gpt2(n_embd=12, n_head=3, n_layer=2, n_inner=None, vocab_size=30, n_positions=20)
+    model.config.save_pretrained(tmp_path)
+    return tmp_path, model, dict(model.transformer.state_dict())
+
+
+def save_safetensors(tensors, folder):
+    path = folder / "model.safetensors"
+    safetensors.torch.save_file({name: t.clone().contiguous() for name, t in tensors.items()}, path)
+
+
+def save_zip(tensors, folder):
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def save_legacy(tensors, folder):
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+every_save = pytest.mark.parametrize("save", [save_safetensors, save_zip, save_legacy])
+
+# -------------------------------------------------------------------------------------------------- sound checkpoints
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n_inner", [None, 17])
+def test_transformers_reads_what_we_save(n_inner, dtype, tmp_path):
+    gpt = loaded(random_gpt2(n_inner=n_inner), tmp_path / "theirs")
+    gpt.save_pretrained(tmp_path / "ours", dtype=dtype)
+    model, report = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    again = GPT.from_pretrained(tmp_path / "ours")
+    assert_same_logits(again, model)
+    assert again.config == gpt.config and not again.training
+    for name, t in again.state_dict().items():
+        assert t.dtype == torch.float32 and torch.equal(t, gpt.state_dict()[name].to(dtype).float()), name
+
+
+@every_save
+@pytest.mark.parametrize("prefix", ["", "transformer.", "module.transformer.", "model."])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_published_layout(save, prefix, dtype, checkpoint):
+    """GPT-2's files have bare names, DialoGPT's a prefix; old ones also store masks, the output layer and n_ctx."""
+    folder, model, tensors = checkpoint
+    tensors = {prefix + name: t.to(dtype) for name, t in tensors.items()}
+    for i in range(2):
+        tensors[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 20, 20, dtype=torch.uint8).tril()
+        tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4, dtype=dtype)
+    save(tensors | {"lm_head.weight": tensors[f"{prefix}wte.weight"]}, folder)
+    edit_config(folder, n_positions=None, n_ctx=20)
+    gpt = GPT.from_pretrained(folder)
+    assert {p.dtype for p in gpt.parameters()} == {torch.float32} and not gpt.training
+    assert_same_logits(gpt, model.to(dtype).float())
+
+
+@pytest.mark.parametrize("names", [
+    ["wte"], ["lm_head"], ["lm_head.decoder"], ["wte", "lm_head"], ["x.wte", "lm_head.decoder"]], ids=" ".join)
+def test_tied_weights_under_either_name(names, checkpoint):
+    folder, model, tensors = checkpoint
+    words = tensors.pop("wte.weight")
+    save_safetensors(tensors | {f"{name}.weight": words for name in names}, folder)
+    assert_same_logits(GPT.from_pretrained(folder), model)
+    if len(names) == 2:
+        save_safetensors(tensors | {f"{name}.weight": words + i for i, name in enumerate(names)}, folder)
+        with refused(folder, "two different tensors for wte.weight"):
+            GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards(suffix, checkpoint):
+    """Transformers 5 writes no .bin any more, so these are its safetensors shards, saved anew. A lost one is missed."""
+    folder, model, _ = checkpoint
+    model.save_pretrained(folder, max_shard_size="5KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 3
+    if suffix == ".bin":
+        for i, path in enumerate(shards, 1):
+            torch.save(safetensors.torch.load_file(path), folder / f"pytorch_model-{i:05}-of-{len(shards):05}.bin")
+            path.unlink()
+        shards = sorted(folder.glob("*.bin"))
+    assert_same_logits(GPT.from_pretrained(folder), model)
+    shards[1].unlink()
+    with refused(folder, r"missing '(h\.|ln_f|w)"):
+        GPT.from_pretrained(folder)
+
+
+def test_padded_words_load_and_need_not_be_said(tmp_path):
+    """A vocabulary padded to a multiple of 8: the rows load, and `suppress_tokens` keeps them out of the answers."""
+    model = random_gpt2(vocab_size=32)
+    model.lm_head.weight.data[27:] *= 10
+    gpt = loaded(model, tmp_path)
+    assert_same_logits(gpt, model)
+    query = [[3], [4], [5]]
+    assert any(token >= 27 for answer in gpt.generate(query, 8, eot=0) for token in answer)
+    gpt.suppress_tokens = list(range(27, 32))
+    assert all(token < 27 for answer in gpt.generate(query, 8, eot=0) for token in answer)
+
+
+EVERY_KIND = {**{f"kind.{name}": (torch.arange(15).view(3, 5) * 1.7).to(dtype) for name, dtype in DTYPES.items()},
+              "scalar": torch.tensor(-1e4), "empty": torch.zeros(0, 7), "names may hold \"é\n\0": torch.arange(4.0)}
+
+
+def test_safetensors_equal_the_library(tmp_path):
+    """What it writes we read, and what we write it reads, transposed views too. The tensors may be modified."""
+    path, kinds = tmp_path / "a.safetensors", EVERY_KIND
+    safetensors.torch.save_file(kinds, path, metadata={"format": "pt"})
+    for _ in range(2):
+        for found in (dict(read_safetensors(path)), safetensors.torch.load_file(path)):
+            assert found.keys() == kinds.keys()
+            for name, t in found.items():
+                assert t.dtype == kinds[name].dtype and torch.equal(t, kinds[name]), name
+                t.zero_()
+        kinds = EVERY_KIND | {"view": torch.arange(6.0).view(2, 3).t()}
+        write_safetensors(path, kinds)
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}              # transformers asks for it
+
+
+# ---------------------------------------------------------------------------------------------------- sound but unfit
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"vocab_size": 31}, r"wte.weight has shape \[30, 12\].*\[31, 12\]"), ({"n_inner": 24}, "mlp.c_fc.* has shape"),
+    ({"n_layer": 3}, r"missing .*'h.2"), ({"n_layer": 1}, r"unexpected .*'h.1"),
+    ({"vocab_size": 10**7, "n_embd": 99_999}, "has shape")])    # four terabytes: the shapes are compared first
+def test_weights_of_another_shape_are_refused(changes, complaint, checkpoint):
+    folder, _, tensors = checkpoint
+    save_safetensors(tensors, folder)
+    edit_config(folder, **changes)
+    with refused(folder, complaint):
+        GPT.from_pretrained(folder)
+
+
+@every_save
+@pytest.mark.parametrize("name, t, complaint", [
+    ("lm_head.weight", torch.ones(29, 12), "wte.weight has"), ("wpe.weight", torch.ones(()), "wpe.weight has shape"),
+    ("h.0.mlp.c_fc.weight", torch.ones(48, 12), "h.0.mlp.c_fc.weight has shape"),       # as nn.Linear stores it
+    ("h.0.mlp.c_fc.weight", torch.ones(12, 48, 1), "h.0.mlp.c_fc.weight has shape"),
+    ("ln_f.bias", torch.ones(12) / 0, "ln_f.bias holds NaN or inf"),
+    ("h.1.attn.c_attn.bias", torch.ones(36) * torch.nan, "h.1.attn.c_attn.bias holds NaN or inf"),
+    ("h.0.crossattention.q_attn.weight", torch.ones(2), "unexpected 'h.0.crossattention"),
+    ("\x1b[31m", torch.ones(2), r"unexpected '\\x1b")])
+def test_tensors_that_do_not_fit_are_refused(save, name, t, complaint, checkpoint):
+    folder, _, tensors = checkpoint
+    save(tensors | {name: t}, folder)
+    with refused(folder, complaint):
+        GPT.from_pretrained(folder)
+
+
+def test_missing_files_and_tensors_are_named(checkpoint):
+    folder, _, tensors = checkpoint
+    with pytest.raises(OSError, match="model.safetensors or pytorch_model.bin"):
+        GPT.from_pretrained(folder)
+    with pytest.raises(OSError, match="config.json"):
+        GPT.from_pretrained(folder / "nowhere")
+    del tensors["ln_f.bias"], tensors["h.1.mlp.c_fc.weight"]
+    save_safetensors(tensors, folder)
+    with refused(folder, "missing 'h.1.mlp.c_fc.weight', 'ln_f.bias'; unexpected nothing"):
+        GPT.from_pretrained(folder)
+
+
+NUMBERS = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+
+
+@pytest.mark.parametrize("key, values", [
+    ("model_type", ["gpt_neo", 3]), ("activation_function", ["gelu", "relu"]), ("tie_word_embeddings", [False]),
+    ("scale_attn_weights", [False]), ("scale_attn_by_inverse_layer_idx", [True]), ("reorder_and_upcast_attn", [True]),
+    ("add_cross_attention", [True]), ("n_inner", [0, 1.5, 10**12, "12"]),
+    *((key, [None, 0, -1, 1.5, 1e300, 10**12, 10**30, True, "12", [12], {}]) for key in NUMBERS),
+    ("layer_norm_epsilon", [0, -1e-5, 1, 1e300, 10**400, float("nan"), True, "1e-5", [1e-5]]), ("n_head", [5])])
+def test_settings_that_are_refused(key, values, checkpoint):
+    """There are no weights in the folder: a configuration is judged before they are opened."""
+    folder, _, _ = checkpoint
+    for value in values:
+        edit_config(folder, **{key: value})
+        with refused(folder / "config.json", key):
+            GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"12", b"null", b"\xff\xfe{}", b"PK\3\4", b"<html>", bytes(5000),
+                                     b"[" * 100_000, b"9" * 10_000], ids=lambda content: repr(content[:12]))
+def test_files_of_something_else_are_refused(name, content, checkpoint):
+    (checkpoint[0] / name).write_bytes(content)
+    with refused(checkpoint[0] / name):
+        GPT.from_pretrained(checkpoint[0])
+
+
+# ------------------------------------------------------------------------------------------------- hostile safetensors
+
+def layout(header, data=bytes(24), length=None):
     """The bytes of a safetensors file: header (an object, or bytes in its place), data, and what the length claims."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-@contextmanager
-def refused(path, match=None):
-    """What happens inside must be refused in one short printable sentence that names the file, using little memory."""
-    with little_memory(), pytest.raises(ValueError, match=match) as caught:
-        yield caught
-    assert str(path) in str(caught.value)
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
-
-
-@contextmanager
-def little_memory(limit=4_000_000):
-    tracemalloc.start()
-    try:
-        yield
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < limit
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm():
-    """The first time, this makes torch import 70 MB of itself, which `little_memory` should not count."""
-    torch.empty(1, device="meta").normal_()
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    """A GPT-2's weights as they stand in a file."""
-    torch.manual_seed(0)
-    state = GPT(GPTConfig(**SHAPE)).state_dict()
-    return {name: t.t().contiguous() if is_conv1d(name) else t for name, t in state.items()}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    return tmp_path
-
-
-# ------------------------------------------------------------------------------------------------ sound safetensors
-
-EVERY_KIND = {
-    **{f"kind.{name}": (torch.arange(15).view(3, 5) * 1.7).to(dtype) for name, dtype in DTYPES.items()},
-    "scalar": torch.tensor(-1e4), "empty": torch.zeros(0, 7), "names may hold \"é\n\0": torch.arange(4.0)}
-
-
-def assert_same_tensors(found, expected):
-    assert found.keys() == expected.keys()
-    for name, t in expected.items():
-        assert found[name].dtype == t.dtype and torch.equal(found[name], t), name
-
-
-def test_reads_what_the_library_writes(tmp_path):
-    path = tmp_path / "a.safetensors"
-    safetensors.torch.save_file(EVERY_KIND, path, metadata={"format": "pt"})
-    assert_same_tensors(dict(read_safetensors(path)), EVERY_KIND)
-
-
-def test_the_library_reads_what_we_write(tmp_path):
-    path = tmp_path / "a.safetensors"
-    write_safetensors(path, EVERY_KIND | {"view": torch.arange(6.0).view(2, 3).t()})
-    assert_same_tensors(safetensors.torch.load_file(path), EVERY_KIND | {"view": torch.arange(6.0).view(2, 3).t()})
-    with safetensors.safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt"}              # transformers asks for it
-
-
-def test_tensors_may_be_modified_and_outlive_the_file(tmp_path):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(layout({"a": ONE}, bytes(24)))
-    (_, t), = read_safetensors(path)
-    path.unlink()
-    assert torch.equal(t.add_(1), torch.ones(2, 3))
-
-
-# ----------------------------------------------------------------------------------------------- broken safetensors
-
 def one(**changes):
-    return layout({"a": ONE | changes}, bytes(24))
+    return layout({"a": ONE | changes})
 
 
-def two(first, second, data):
-    return layout({"a": {"dtype": "U8", "shape": [first[1] - first[0]], "data_offsets": first},
-                   "b": {"dtype": "U8", "shape": [second[1] - second[0]], "data_offsets": second}}, bytes(data))
+def two(first, second, size):
+    return layout({name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+                   for name, (begin, end) in (("a", first), ("b", second))}, bytes(size))
 
 
-BROKEN = {
-    "no bytes": b"",
-    "seven bytes": bytes(7),
-    "no header": bytes(8),
-    "length beyond the file": layout({"a": ONE}, bytes(24), length=1000),
-    "length of a header and one byte more": layout({"a": ONE}, length=len(json.dumps({"a": ONE})) + 1),
-    "length just under the cap": layout({"a": ONE}, bytes(24), length=99_999_999),
-    "length of nearly 2**64": layout({"a": ONE}, bytes(24), length=2**64 - 1),
-    "length too small": layout({"a": ONE}, bytes(24), length=20),
-    "not UTF-8": layout(b'{"\xff": 1}'),
-    "UTF-16": layout(json.dumps({"a": ONE}).encode("utf-16"), bytes(24)),
-    "text": layout(b"hello"),
-    "a list": layout(b"[]"),
-    "a number": layout(b"1"),
-    "two objects": layout(b"{}{}"),
-    "depth": layout(b'{"a":' * 100_000),
-    "digits": layout(b'{"a":' + b"9" * 10_000 + b"}"),
-    "entry is a list": layout({"a": [ONE]}, bytes(24)),
-    "entry is empty": layout({"a": {}}, bytes(24)),
-    "entry lacks its offsets": layout({"a": {"dtype": "F32", "shape": [2, 3]}}, bytes(24)),
-    "dtype unknown": one(dtype="F31"),
-    "dtype in lower case": one(dtype="f32"),
-    "dtype is a list": one(dtype=["F32"]),
-    "dtype too wide for its bytes": one(dtype="F64"),
-    "shape too small for its bytes": one(shape=[2, 2]),
-    "shape negative": one(shape=[-2, -3]),
-    "shape of floats": one(shape=[2.0, 3.0]),
-    "shape of booleans": one(shape=[True, 6]),
-    "shape of text": one(shape=["2", "3"]),
-    "shape is a number": one(shape=6),
-    "shape is null": one(shape=None),
-    "shape overflows to its bytes": one(shape=[2**62, 4], data_offsets=[0, 0]),
-    "shape overflows around a zero": layout({"a": ONE | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}),
-    "shape of many huge numbers": one(shape=[2**62] * 3000),
-    "offsets promise a terabyte": one(shape=[2**38], data_offsets=[0, 2**40]),
-    "offsets beyond the file": one(shape=[2, 4], data_offsets=[0, 32]),
-    "offsets in reverse": one(data_offsets=[24, 0]),
-    "offsets negative": one(data_offsets=[-24, 0]),
-    "offsets of floats": one(data_offsets=[0.0, 24.0]),
-    "one offset": one(data_offsets=[24]),
-    "three offsets": one(data_offsets=[0, 24, 24]),
-    "overlap": two([0, 10], [9, 20], 20),
-    "the same bytes twice": two([0, 10], [0, 10], 10),
-    "gap": two([0, 10], [11, 20], 20),
-    "gap in front": two([1, 10], [10, 20], 20),
-    "trailing byte": two([0, 10], [10, 20], 21),
-    "missing byte": two([0, 10], [10, 20], 19),
-}
-STRICTER = {                            # the library lets these pass; in a GPT-2 checkpoint they can only be a mistake
-    "a name twice": layout(b'{"a": %b, "a": %b}' % ((json.dumps(ONE).encode(),) * 2), bytes(24)),
-    "a key too many": one(offsets=[0, 24]),
-}
+HOSTILE = {
+    "truncated": one()[:-1], "trailing": one() + b"\0", "header too long": layout({"a": ONE}, length=1000),
+    "nearly 100 MB": layout({"a": ONE}, length=99_999_999), "nearly 2**64": layout({"a": ONE}, length=2**64 - 1),
+    "header too short": layout({"a": ONE}, length=20), "not UTF-8": layout(b'{"\xff": 1}'), "a list": layout(b"[]"),
+    "depth": layout(b'{"a":' * 100_000), "digits": layout(b'{"a":' + b"9" * 10_000 + b"}"), "number": layout(b"1"),
+    "entry is a list": layout({"a": [ONE]}), "entry is empty": layout({"a": {}}), "dtype unknown": one(dtype="F31"),
+    "dtype is a list": one(dtype=["F32"]), "dtype too wide": one(dtype="F64"), "shape too small": one(shape=[2, 2]),
+    "shape negative": one(shape=[-2, -3]), "shape of floats": one(shape=[2.0, 3.0]), "text": one(shape=["2", "3"]),
+    "shape of booleans": one(shape=[True, 6]), "shape overflows": one(shape=[2**62, 4], data_offsets=[0, 0]),
+    "overflow around a zero": layout({"a": ONE | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}, b""),
+    "many huge numbers": one(shape=[2**62] * 3000), "a terabyte": one(shape=[2**38], data_offsets=[0, 2**40]),
+    "offsets out of the file": one(shape=[2, 4], data_offsets=[0, 32]), "in reverse": one(data_offsets=[24, 0]),
+    "negative": one(data_offsets=[-24, 0]), "floats": one(data_offsets=[0.0, 24.0]), "one": one(data_offsets=[24]),
+    "overlap": two([0, 10], [9, 20], 20), "the same bytes twice": two([0, 10], [0, 10], 10),
+    "gap": two([0, 10], [11, 20], 20), "gap in front": two([1, 10], [10, 20], 20)}
 
 
-@pytest.mark.parametrize("case", [*BROKEN, *STRICTER])
-def test_broken_files_are_refused(case, tmp_path):
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_safetensors_are_refused(case, tmp_path):
+    """The reference library refuses them, too."""
     path = tmp_path / "a.safetensors"
-    path.write_bytes((BROKEN | STRICTER)[case])
+    path.write_bytes(HOSTILE[case])
     with refused(path):
         list(read_safetensors(path))
-    if case in BROKEN:
-        with pytest.raises(SafetensorError):
-            safetensors.torch.load_file(path)
+    with pytest.raises(SafetensorError):
+        safetensors.torch.load_file(path)
 
 
-def test_a_header_over_100_mb_is_not_even_read(tmp_path):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(layout(b"", length=100_000_001))
-    os.truncate(path, 200_000_000)                              # sparse: takes no room on the disk
-    with refused(path, match="100 MB"):
-        list(read_safetensors(path))
-
-
-@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\ud800"])
-@pytest.mark.parametrize("dtype", ["F32", "I32"])
-def test_names_cannot_break_the_sentence(name, dtype, folder):
-    """A stranger's names end up in errors: control characters and lone surrogates must not reach the terminal."""
-    (folder / "model.safetensors").write_bytes(layout({name: ONE | {"dtype": dtype}}, bytes(24)))
-    with refused(folder):
-        GPT.from_pretrained(folder)
-
-
-# -------------------------------------------------------------------------------------------------------------- fuzz
-
-def flip(r, good):
-    for _ in range(r.choice([1, 1, 2, 8])):
-        good[r.randrange(len(good))] ^= 1 << r.randrange(8)
-    return good
-
-
-def flip_header(r, good):
-    """The same, among the bytes where it hurts."""
-    end = 8 + int.from_bytes(good[:8], "little")
-    return flip(r, good[:end]) + good[end:]
-
-
-def truncate(r, good):
-    return good[:r.randrange(len(good))]
-
-
-def insert(r, good):
-    at = r.randrange(r.choice([12, 1500, len(good)]))
-    good[at:at] = r.choice([r.randbytes(r.randint(1, 9)), bytes(r.randint(1, 9)), b'"', b"[", b",", b"9", b"\\ud800"])
-    return good
-
-
-def splice(r, good):
-    """Cut out a piece, or write one place's bytes over another's."""
-    a, b, n = r.randrange(len(good)), r.randrange(len(good)), r.randint(1, 40)
-    good[a:a + n] = r.choice([b"", good[b:b + n]])
-    return good
-
-
-def edit_length(r, good):
-    n = int.from_bytes(good[:8], "little")
-    n = r.choice([n + r.randint(-20, 20), r.randrange(2 * n), r.getrandbits(r.randint(1, 64))])
-    return n.to_bytes(8, "little") + good[8:]
-
-
-def edit_header(r, good):
-    """Sound JSON with something else in it."""
-    end = 8 + int.from_bytes(good[:8], "little")
-    header = json.loads(good[8:end])
-    name, other = r.sample(sorted(header), 2)
-    field = r.choice(["dtype", "shape", "data_offsets"])
-    change = r.choice(["entry", "field", "number", "rename", "swap", "borrow", "drop"])
-    if change == "entry":
-        header[name] = r.choice(NASTY)
-    elif change == "field":
-        header[name][field] = r.choice(NASTY)
-    elif change == "number":
-        numbers = header[name][r.choice(["shape", "data_offsets"])]
-        numbers[r.randrange(len(numbers))] = r.choice([*NASTY, *range(30)])
-    elif change == "rename":
-        header[r.choice(["", "x", "transformer." + other, name + "\0", "__metadata__"])] = header.pop(name)
-    elif change == "swap":
-        header[name], header[other] = header[other], header[name]
-    elif change == "borrow":
-        header[name][field] = header[other][field]
-    else:
-        del header[name]
-    return layout(header, good[end:])
-
-
-@pytest.mark.parametrize("mutate", [flip, flip_header, truncate, insert, splice, edit_length, edit_header])
-def test_mutated_safetensors(mutate, tensors, folder):
-    """300 mutations of each kind: each is refused with a ValueError, or loads the same names and shapes as before."""
-    path, good = folder / "model.safetensors", safetensors.torch.save(tensors)
-    for seed in range(300):
-        path.write_bytes(mutate(random.Random(seed), bytearray(good)))
-        try:
-            with little_memory(limit=100_000):
-                found = dict(read_safetensors(path))
-        except ValueError as error:
-            assert str(path) in str(error), seed
-            continue
-        theirs = safetensors.torch.load(path.read_bytes())              # what we accept, the library reads the same
-        assert {name: raw(t) for name, t in found.items()} == {name: raw(t) for name, t in theirs.items()}, seed
-        if kinds(found) != kinds(tensors):                              # a sound file, but of another model
-            with pytest.raises(ValueError):
-                GPT.from_pretrained(folder)
-
-
-def raw(t):
-    return t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()
-
-
-def kinds(tensors):
-    return {name: (t.dtype, t.shape) for name, t in tensors.items()}
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("mutate", [flip, truncate, insert, splice])
-def test_mutated_pickles(mutate, zipped, tensors, folder):
-    """100 mutations of each kind, of torch's new and old format: each is refused with a ValueError, or loads."""
-    path = folder / "pytorch_model.bin"
-    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
-    good = path.read_bytes()
-    for seed in range(100):
-        path.write_bytes(mutate(random.Random(seed), bytearray(good)))
-        try:
-            state = GPT.from_pretrained(folder).state_dict()
-        except ValueError as error:
-            assert str(path) in str(error), seed
-        except Exception as error:
-            pytest.fail(f"seed {seed}: {error!r}")
-        else:
-            assert state.keys() == tensors.keys()
-
-
-# ------------------------------------------------------------------------------------------------ pytorch_model.bin
+# ----------------------------------------------------------------------------------------------------- hostile pickles
 
 class Malice:
     """What runs on unpickling: creates the file "pwned" in the working folder."""
@@ -312,109 +286,30 @@ class Malice:
         return open, ("pwned", "w")
 
 
-def save_plain(thing, path):
-    path.write_bytes(pickle.dumps(thing))
+ODD = {
+    "code": lambda w: Malice(), "code among weights": lambda w: w | {"ln_f.bias": Malice()}, "a list": lambda w: [w],
+    "a nested dictionary": lambda w: {"model": w}, "a number among tensors": lambda w: w | {"epoch": 3},
+    "a numbered tensor": lambda w: w | {0: torch.ones(2)},
+    "sparse": lambda w: w | {"wte.weight": w["wte.weight"].to_sparse()},
+    "no data": lambda w: w | {"wte.weight": w["wte.weight"].to("meta")},
+    "four bytes in a large shape": lambda w: w | {"wte.weight": torch.ones(1).expand(30, 12)}}
 
 
-def save_zip(thing, path):
-    torch.save(thing, path)
-
-
-def save_legacy(thing, path):
-    torch.save(thing, path, _use_new_zipfile_serialization=False)
-
-
-@pytest.mark.parametrize("save", [save_plain, save_zip, save_legacy])
-@pytest.mark.parametrize("hidden", [False, True], ids=["bare", "beside the weights"])
-def test_a_pickle_that_would_run_code_is_refused(save, hidden, tensors, folder, monkeypatch):
+@pytest.mark.parametrize("save", [save_zip, save_legacy])
+@pytest.mark.parametrize("case", ODD)
+def test_a_pickle_of_anything_but_weights_is_refused(save, case, checkpoint, monkeypatch):
+    folder, _, tensors = checkpoint
     monkeypatch.chdir(folder)
-    save(tensors | {"ln_f.bias": Malice()} if hidden else Malice(), folder / "pytorch_model.bin")
+    save(ODD[case](tensors), folder)
     with refused(folder / "pytorch_model.bin") as caught:
         GPT.from_pretrained(folder)
     assert not (folder / "pwned").exists()
     assert "weights_only" not in str(caught.value)              # torch's own message advises to switch the check off
 
 
-ODD = {
-    "a list": lambda w: [w],
-    "a nested dictionary": lambda w: {"model": w},
-    "a number among tensors": lambda w: w | {"epoch": 3},
-    "a numbered tensor": lambda w: w | {0: torch.ones(2)},
-    "a sparse tensor": lambda w: w | {"wte.weight": w["wte.weight"].to_sparse()},
-    "a tensor without data": lambda w: w | {"wte.weight": w["wte.weight"].to("meta")},
-    "a terabyte out of four bytes": lambda w: w | {"lm_head.weight": torch.zeros(1).half().expand(10**6, 10**6)},
-    "complex numbers": lambda w: w | {"wte.weight": w["wte.weight"].to(torch.complex64)},
-}
+# ------------------------------------------------------------------------------------------------------- atomic writes
 
-
-@pytest.mark.parametrize("case", ODD)
-def test_a_pickle_of_anything_but_weights_is_refused(case, tensors, folder):
-    torch.save(ODD[case](tensors), folder / "pytorch_model.bin")
-    with refused(folder / "pytorch_model.bin"):
-        GPT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"\0", b"hello", b"PK\3\4", b"<html>Not found</html>", bytes(5000)])
-def test_a_file_that_is_no_pickle_is_refused(content, folder):
-    (folder / "pytorch_model.bin").write_bytes(content)
-    with refused(folder / "pytorch_model.bin"):
-        GPT.from_pretrained(folder)
-
-
-# ------------------------------------------------------------------------------------------------------ config.json
-
-@pytest.mark.parametrize("key", [*SHAPE, "n_inner"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, 1e300, float("nan"), 10**12, 10**30, True, "12", [12], {}], ids=repr)
-def test_absurd_numbers_are_refused(key, value, folder):
-    """There are no weights in the folder: a configuration is judged before they are opened."""
-    (folder / "config.json").write_text(json.dumps(SHAPE | {key: value}))
-    with refused(folder / "config.json", match=key):
-        GPT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("key", SHAPE)
-@pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
-def test_missing_numbers_are_refused(key, absent, folder):
-    config = SHAPE | {key: None}
-    if absent:
-        del config[key]
-    (folder / "config.json").write_text(json.dumps(config))
-    with refused(folder / "config.json", match=key):
-        GPT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("epsilon", [0, -1e-5, 1e300, 10**400, float("nan"), True, "1e-5", [1e-5]], ids=repr)
-def test_absurd_epsilons_are_refused(epsilon, folder):
-    (folder / "config.json").write_text(json.dumps(SHAPE | {"layer_norm_epsilon": epsilon}))
-    with refused(folder / "config.json", match="layer_norm_epsilon"):
-        GPT.from_pretrained(folder)
-
-
-def test_heads_must_divide_the_width(folder):
-    (folder / "config.json").write_text(json.dumps(SHAPE | {"n_head": 4}))
-    with refused(folder / "config.json", match="n_embd 6 .* 4 heads"):
-        GPT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"12", b"null", b"\xff\xfe{}", b"[" * 100_000,
-                                     b'{"n_embd":' + b"9" * 10_000 + b"}"], ids=lambda content: repr(content[:12]))
-def test_a_config_that_is_no_json_object_is_refused(content, folder):
-    (folder / "config.json").write_bytes(content)
-    with refused(folder / "config.json"):
-        GPT.from_pretrained(folder)
-
-
-def test_a_config_cannot_make_us_allocate(tensors, folder):
-    """Numbers within the limits still ask for four terabytes; the shapes in the file are compared first."""
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(SHAPE | {"vocab_size": 10**7, "n_embd": 99_999}))
-    with refused(folder / "model.safetensors", match="shape"):
-        GPT.from_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------------- atomic writes
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("torch"), KeyboardInterrupt()], ids=repr)
 def test_a_write_that_fails_leaves_the_old_file(error, tmp_path):
     (tmp_path / "a").write_bytes(b"old")
 
@@ -424,22 +319,6 @@ def test_a_write_that_fails_leaves_the_old_file(error, tmp_path):
         assert (tmp_path / "a").read_bytes() == b"old"          # nobody sees half of a file
         raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError):
         replace(tmp_path / "a", write)
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(folder):
-    resource = pytest.importorskip("resource")
-    gpt = GPT(GPTConfig(**SHAPE))
-    gpt.save_pretrained(folder)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    gpt.ln_f.bias.data.fill_(7)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        with pytest.raises(OSError):
-            gpt.save_pretrained(folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -3,8 +3,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from data import make_pairs, read_dialogues
-from evaluate import key
+from data import make_pairs, query_key, read_dialogues
 
 SPLITS = read_dialogues("sample")
 EVERYTHING = [turns for dialogues in SPLITS.values() for turns in dialogues]
@@ -46,5 +45,5 @@ def test_each_tenth_has_its_topic(topic, words):
 
 
 def test_some_test_queries_are_seen():
-    known = {key(query) for query, _ in make_pairs(SPLITS["train"])}
-    assert sum(key(query) in known for query, _ in make_pairs(SPLITS["test"])) == 37
+    known = {query_key(query) for query, _ in make_pairs(SPLITS["train"])}
+    assert sum(query_key(query) in known for query, _ in make_pairs(SPLITS["test"])) == 37

@@ -1,0 +1,125 @@
+"""What the tests of train.py and evaluate.py share: a small model, a few dialogues, and runs that are trained with them once."""
+import contextlib
+import functools
+import io
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from conftest import ROOT
+import evaluate
+import train
+from model import GPT, GPTConfig
+from prompt_encoder import METHODS
+
+torch.set_num_threads(1)         # more are slower at this size, and very slow where other programs run
+TEMPORARY = tempfile.TemporaryDirectory(prefix="prompt-tests-")         # goes when Python ends
+
+
+def write_small(folder):
+    """Write a checkpoint of random weights, 32 wide, and a few of the sample dialogues -> the flags that train with them."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=4096, n_positions=128, n_embd=32, n_layer=2, n_head=2))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn(p.shape) * 0.2)              # large enough that it talks
+    gpt.save_pretrained(folder / "gpt")
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copyfile(ROOT / "tiny/tiny-gpt2" / file, folder / "gpt" / file)
+    lines = {split: (ROOT / f"tiny/dialogues/{split}.txt").read_text(encoding="utf-8").splitlines()
+             for split in ("train", "validation", "test")}
+    some = {"train": lines["train"][:12], "validation": lines["validation"][:3], "test": lines["test"][:3] + lines["train"][:1]}
+    (folder / "data").mkdir()
+    for split, dialogues in some.items():
+        (folder / f"data/{split}.txt").write_text("\n".join(dialogues), encoding="utf-8")
+    return ["--model", folder / "gpt", "--data", folder / "data", "--max-query", 16, "--max-response", 16, "--batch-size", 8,
+            "--epochs", 2, "--dtype", "float32"]
+
+
+SMALL = write_small(Path(TEMPORARY.name))
+MODEL, DATA = SMALL[1], SMALL[3]
+
+
+@functools.cache
+def finished(method, *flags):
+    """The folder of a run that nothing disturbed. It is shared: look, don't touch."""
+    folder = Path(tempfile.mkdtemp(dir=TEMPORARY.name)) / method
+    ok(run(train, "--method", method, *SMALL, *flags, "--out", folder))
+    return folder
+
+
+def run(program, *arguments, stdin=b"", encoding="utf-8"):
+    """Run train or evaluate with these arguments, in this process -> status, out, err. A traceback would pass through."""
+    files = [io.TextIOWrapper(io.BytesIO(content), encoding=encoding, write_through=True) for content in (stdin, b"", b"")]
+    argv = [program.__file__, *map(str, arguments)]
+    with mock.patch.multiple(sys, argv=argv, stdin=files[0], stdout=files[1], stderr=files[2]):
+        try:
+            evaluate.run_command(program.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+    return SimpleNamespace(status=status, out=files[1].buffer.getvalue().decode(encoding),
+                           err=files[2].buffer.getvalue().decode(encoding))
+
+
+def ok(ended):
+    assert (ended.status, ended.err) == (0, "")
+    return ended
+
+
+def failed(ended, status, *words):
+    """It ended with this status and one sentence with these words in it (of argparse: after the usage)."""
+    assert ended.status == status, ended.out + ended.err
+    sentence = ended.err.strip().splitlines()[-1]
+    assert "error: " in sentence and "Traceback" not in ended.err
+    assert ended.err.startswith("usage: ") or ended.err == sentence + "\n"
+    for word in words:
+        assert str(word) in sentence
+    return ended
+
+
+@contextlib.contextmanager
+def on_call(owner, name, number, action):
+    """Just before the number-th call of owner.name, do something first."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def stand_in(*args, **options):
+        if next(calls) == number:
+            action()
+        return function(*args, **options)
+    with mock.patch.object(owner, name, stand_in):
+        yield
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def log_of(folder):
+    """log.jsonl without the clock."""
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines_of(folder / "log.jsonl")]
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def assert_same_run(folder, other):
+    """To the bit."""
+    for file in ("best.pt", "generations.jsonl", "results.json"):
+        assert (folder / file).read_bytes() == (other / file).read_bytes(), file
+    logs = [sorted(f.parent.relative_to(run) for f in run.rglob("log.jsonl")) for run in (folder, other)]
+    assert logs[0] == logs[1]
+    for name in logs[0]:
+        assert log_of(folder / name) == log_of(other / name)
