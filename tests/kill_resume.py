@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from conftest import ROOT
-from test_train import TRAINS, assert_same_run, log_of, write_small
+from prompt_encoder import METHODS
+from runs import assert_same_run, log_of, write_small
 
 EPOCHS = 6
 
@@ -70,7 +71,7 @@ def check(name, arguments, kills, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="for each method (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", default=[*TRAINS, "trials"], help="default: all, and trials")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "trials"], help="default: all, and trials")
     parser.add_argument("--seed", type=int, help="of the moments (default: another one each time)")
     args = parser.parse_args()
     random.seed(args.seed)

@@ -1,4 +1,4 @@
-"""What the tests of train.py and evaluate.py share: a small model, a few dialogues, and runs that are trained with them once."""
+"""What the tests of train.py and evaluate.py share: a small model, a few dialogues, and runs trained with them once."""
 import contextlib
 import functools
 import io
@@ -24,7 +24,7 @@ TEMPORARY = tempfile.TemporaryDirectory(prefix="prompt-tests-")         # goes w
 
 
 def write_small(folder):
-    """Write a checkpoint of random weights, 32 wide, and a few of the sample dialogues -> the flags that train with them."""
+    """Write a checkpoint of random weights, 32 wide, and a few of the sample dialogues -> the flags to train with."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(vocab_size=4096, n_positions=128, n_embd=32, n_layer=2, n_head=2))
     with torch.no_grad():
@@ -35,12 +35,13 @@ def write_small(folder):
         shutil.copyfile(ROOT / "tiny/tiny-gpt2" / file, folder / "gpt" / file)
     lines = {split: (ROOT / f"tiny/dialogues/{split}.txt").read_text(encoding="utf-8").splitlines()
              for split in ("train", "validation", "test")}
-    some = {"train": lines["train"][:12], "validation": lines["validation"][:3], "test": lines["test"][:3] + lines["train"][:1]}
+    some = {"train": lines["train"][:12], "validation": lines["validation"][:3],
+            "test": lines["test"][:3] + lines["train"][:1]}         # so that some queries of the test are seen
     (folder / "data").mkdir()
     for split, dialogues in some.items():
         (folder / f"data/{split}.txt").write_text("\n".join(dialogues), encoding="utf-8")
-    return ["--model", folder / "gpt", "--data", folder / "data", "--max-query", 16, "--max-response", 16, "--batch-size", 8,
-            "--epochs", 2, "--dtype", "float32"]
+    return ["--model", folder / "gpt", "--data", folder / "data", "--max-query", 16, "--max-response", 16,
+            "--batch-size", 8, "--epochs", 2, "--dtype", "float32"]
 
 
 SMALL = write_small(Path(TEMPORARY.name))
@@ -56,8 +57,8 @@ def finished(method, *flags):
 
 
 def run(program, *arguments, stdin=b"", encoding="utf-8"):
-    """Run train or evaluate with these arguments, in this process -> status, out, err. A traceback would pass through."""
-    files = [io.TextIOWrapper(io.BytesIO(content), encoding=encoding, write_through=True) for content in (stdin, b"", b"")]
+    """Run train or evaluate with these arguments, in this process -> status, out, err. Bugs raise."""
+    files = [io.TextIOWrapper(io.BytesIO(text), encoding=encoding, write_through=True) for text in (stdin, b"", b"")]
     argv = [program.__file__, *map(str, arguments)]
     with mock.patch.multiple(sys, argv=argv, stdin=files[0], stdout=files[1], stderr=files[2]):
         try:

@@ -514,7 +514,8 @@ def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
     ("config.json", None, "missing"), ("config.json", b'{"version": ', "not JSON"), ("config.json", b"[]", "list"),
     ("config.json", b'{"method": "magic"}', "another version"), ("results.json", b'{"test": ', "not JSON"),
     ("results.json", b"\xff\x00", "not JSON"), ("results.json", b"{}", "metrics"),
-    ("results.json", None, "no finished run"), ("results.json", b'{"test": {"n": 1}, "test_unseen": {"n": 1}}', "metrics")], ids=range(9))
+    ("results.json", None, "no finished run"),
+    ("results.json", b'{"test": {"n": 1}, "test_unseen": {"n": 1}}', "metrics")], ids=range(9))
 def test_a_broken_run_is_named_in_one_sentence(tmp_path, file, content, words):
     write_run(tmp_path / "run")
     (tmp_path / "run" / file).unlink() if content is None else (tmp_path / "run" / file).write_bytes(content)

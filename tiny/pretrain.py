@@ -54,9 +54,8 @@ def encode(files, tokenizer):
 
 def loss_of(gpt, rows, offsets):
     """Mean loss of rows (B, T + 1), the b-th read at positions offsets[b], offsets[b] + 1, ..."""
-    x, T = gpt.wte(rows[:, :-1]), rows.size(1) - 1
-    shift = gpt.wpe(offsets[:, None] + torch.arange(T)) - gpt.wpe(torch.arange(T))        # transform adds 0 .. T-1 itself
-    return F.cross_entropy(gpt.logits(gpt.transform(x + shift)).flatten(0, 1).float(), rows[:, 1:].flatten())
+    hidden, _ = gpt.hidden_states(gpt.wte(rows[:, :-1]), positions=offsets[:, None] + torch.arange(rows.size(1) - 1))
+    return F.cross_entropy(gpt.logits(hidden).flatten(0, 1), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
