@@ -110,8 +110,8 @@ def test_what_the_files_hold():
     results, log, best = results_of(folder), lines_of(folder / "log.jsonl"), checkpoint_of(folder)
     config = json.loads((folder / "config.json").read_text())
     assert config.keys() == {
-        "version", "method", "model", "data", "fraction", "turns", "pairs", "prompt_length", "controller_layers", "epochs",
-        "patience", "batch_size", "lr", "trials", "dropout", "seed", "dtype", "compile", "max_query", "max_response",
+        "version", "method", "model", "data", "fraction", "turns", "pairs", "prompt_length", "controller_layers",
+        "epochs", "patience", "batch_size", "lr", "trials", "dropout", "seed", "dtype", "compile", "max_query", "max_response",
         "train_embeddings", "weights", "dialogues"}
     assert [(line["epoch"], line["step"]) for line in log] == [(0, 0), (1, 5), (2, 10)]
     assert all(line.keys() == {"epoch", "step", "train_loss", "val_loss", "val_bleu4", "lr", "seconds", "eval_seconds",
