@@ -248,8 +248,8 @@ class Run:
         gpt.suppress_tokens = sorted(set(range(V)) - words - {self.tokenizer.eot_token})
         self.model = PromptedGPT(gpt, config["method"], config["prompt_length"], config["controller_layers"], query,
                                  config["train_embeddings"], dtype)
-        prompt = METHODS[config["method"]].default_length and (config["prompt_length"] or self.model.encoder.default_length)
-        prompt = prompt or self.model.encoder.length(query)
+        encoder = self.model.encoder                    # a prompt of keys and values takes positions, too
+        prompt = config["prompt_length"] or encoder.default_length or encoder.length(query)
         if prompt + query + response > gpt.config.n_positions:
             raise UsageError(f"a prompt of {prompt}, --max-query {query} and a response of {response} tokens are "
                              f"{prompt + query + response}, but {config['model']} has n_positions {gpt.config.n_positions}")

@@ -48,7 +48,8 @@ class Attention(nn.Module):
         """x (B, T, C) -> y (B, T, C), and the keys and values (B, H, P + T, D) of all that could be read.
 
         past: keys and values (B, H, P, D) that stand before the row; they are read as if they were part of it.
-        mask: 0 where position T may read position P + T, -inf elsewhere, (B or 1, 1, T, P + T); None: the causal triangle.
+        mask: added to the scores, (B or 1, 1, T, P + T): 0 where a position may be read, -inf elsewhere; None: the causal
+        triangle, for rows without a past.
         """
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, T, C) -> (B, H, T, D)
@@ -170,6 +171,8 @@ class GPT(nn.Module):
         Returns a list of token lists, without eot. Raises ValueError for an empty query, or one that leaves too few of the
         n_positions.
         """
+        if len(queries) == 0:
+            return []
         ids = pad_sequence([torch.as_tensor(query, dtype=torch.int64) for query in queries], batch_first=True)
         x = self.wte(to_device(ids, self.wte.weight.device))
         return self.generate_from(x, [len(query) for query in queries], None, max_new_tokens, eot, temperature, top_p)
@@ -246,7 +249,7 @@ class GPT(nn.Module):
                     raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, "
                                      f"but config.json asks for {list(expected[name].shape)}")
                 tensor = tensor.float().contiguous()
-                if not tensor.isfinite().all():
+                if not torch.stack(tensor.aminmax()).isfinite().all():          # without a second tensor of its size
                     raise ValueError(f"{path}: {name} holds NaN or infinite numbers, expected a trained model's weights")
                 if name in found and not torch.equal(found[name], tensor):
                     raise ValueError(f"{path} holds two different tensors for {name}; GPT-2's output layer (lm_head) is "
@@ -387,7 +390,8 @@ def read_safetensors(path):
                 if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name!r} of shape {shape} begins at byte {begin} and ends at {end}, "
                                      f"expected {position} and {position + math.prod(shape) * dtype.itemsize}")
-                entries, position = entries + [(name, dtype, shape, end - begin)], end
+                entries.append((name, dtype, shape, end - begin))
+                position = end
             if 8 + n + position != size:
                 raise ValueError(f"its tensors end at byte {8 + n + position}, but the file has {size}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import group_by_length, load_splits, read_json
+from data import REPOSITORIES, group_by_length, load_splits, read_json
 from evaluate import (Run, UsageError, choose_device, load_checkpoint, load_run, report, run_command, write_test,
                       write_text)
 from model import load_plain, replace
@@ -256,8 +256,8 @@ def parse_arguments():
     add("--max-response", type=number(int, 1, 10**6), default=128,
         help="tokens kept of a response, from its start, for training and for losses and perplexity" + shown)
     add = parser.add_argument_group("how").add_argument
-    add("--epochs", type=number(int, 0, 10**6), default=6, help="at most this many; 0 tests the model before training" + shown)
-    add("--patience", type=number(int, 1, 10**6), default=6,
+    add("--epochs", type=number(int, 0, 10**6), default=4, help="at most this many; 0 tests the model before training" + shown)
+    add("--patience", type=number(int, 1, 10**6), default=4,
         help="stop after this many epochs without a better one (validation BLEU4, then loss)" + shown)
     add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes" + shown)
     add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
@@ -285,14 +285,14 @@ def parse_arguments():
         parser.error("--compile needs a C++ compiler, and none is found here (c++, g++, clang++, cl)")
     if args.lr is None and args.trials == 1:
         args.lr = LEARNING_RATES[args.method]
+    known = {"sample", "dailydialog", "multiwoz", "tiny-gpt2", "tiny-dialogpt", *REPOSITORIES}
+    for name in ("data", "model"):                      # paths are kept whole, so that a run can be used from any directory
+        value = getattr(args, name)
+        if value not in known and Path(value).exists():
+            setattr(args, name, str(Path(value).resolve()))
     if args.out is None:
-        data, model = (Path(name).resolve().stem if Path(name).exists() else name.replace("/", "--")
-                       for name in (args.data, args.model))
+        data, model = (Path(name).stem if os.path.isabs(name) else name.replace("/", "--") for name in (args.data, args.model))
         args.out = Path("runs") / f"{data}-{model}-{args.method}-{args.fraction}-s{args.seed}"
-    for name in ("data", "model"):                      # so that a run can be used from any directory
-        path = Path(getattr(args, name))
-        if path.exists() and getattr(args, name) not in ("sample", "dailydialog", "multiwoz"):
-            setattr(args, name, str(path.resolve()))
     return args
 
 

@@ -1,6 +1,7 @@
-"""Kill `python train.py` at random moments, resume it until it ends, and compare it with a run that nothing disturbed. Run by hand:
+"""Kill `python train.py` at random moments, resume it until it ends, and compare it with a run that nothing disturbed.
+Run by hand:
 
-    python tests/kill_resume.py                                     20 kills for each method, and for a run of two trials
+    python tests/kill_resume.py                             20 kills for each method, and for a run of two trials
     python tests/kill_resume.py --kills 3 --methods soft dynamic
 """
 import argparse
@@ -21,8 +22,9 @@ EPOCHS = 6
 
 
 def start(arguments, kill_after=None):
-    """Run train.py to its end, or kill it so many seconds after it began to work -> the seconds it worked, or None if killed."""
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], stdout=subprocess.PIPE, encoding="utf-8")
+    """Run train.py to its end, or kill it so many seconds after it began to work -> seconds, or None if killed."""
+    command = [sys.executable, ROOT / "train.py", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     any(" parameters (" in line for line in process.stdout)         # this line comes when the model is loaded
     begun = time.perf_counter()
     try:
@@ -47,7 +49,7 @@ def moment(folder, halves):
 
 
 def check(name, arguments, kills, folder):
-    """Kill and resume, anew when a run reaches its end, until there were enough kills -> whether all the runs were the same."""
+    """Kill and resume, anew when a run reaches its end, until there were enough kills -> whether all were the same."""
     seconds = start([*arguments, "--out", folder / "whole"])
     moments, runs, same = Counter(), 0, True
     while moments.total() < kills:
@@ -55,7 +57,8 @@ def check(name, arguments, kills, folder):
         run, ended = folder / f"run-{runs}", None
         while ended is None:
             halves = set(run.rglob("*.tmp*"))
-            ended = start([*arguments, "--out", run, "--resume"], random.uniform(0, seconds) if moments.total() < kills else None)
+            kill_after = random.uniform(0, seconds) if moments.total() < kills else None
+            ended = start([*arguments, "--out", run, "--resume"], kill_after)
             if ended is None:
                 moments[moment(run, halves)] += 1
         try:
@@ -63,8 +66,9 @@ def check(name, arguments, kills, folder):
         except AssertionError as error:
             print(f"{name}: {run} differs from {folder / 'whole'} in {error}")
             same = False
-    print(f"{name}: {moments.total()} kills in {runs} runs (" + ", ".join(f"{n} {where}" for where, n in moments.most_common())
-          + f"): best.pt, generations.jsonl, results.json and log.jsonl are {'equal' if same else 'NOT EQUAL'}", flush=True)
+    where = ", ".join(f"{n} {moment}" for moment, n in moments.most_common())
+    print(f"{name}: {moments.total()} kills in {runs} runs ({where}): best.pt, generations.jsonl, results.json and "
+          f"log.jsonl are {'equal' if same else 'NOT EQUAL'}", flush=True)
     return same
 
 
@@ -77,8 +81,8 @@ def main():
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     flags = [*write_small(folder), "--epochs", EPOCHS]
-    same = [check(method, ["--method", *(("soft", "--trials", 2) if method == "trials" else (method,)), *flags], args.kills, folder / method)
-            for method in args.methods]
+    methods = {method: ["--method", method] for method in METHODS} | {"trials": ["--method", "soft", "--trials", 2]}
+    same = [check(name, [*methods[name], *flags], args.kills, folder / name) for name in args.methods]
     if not all(same):
         sys.exit(f"the runs are kept in {folder}")
     shutil.rmtree(folder)

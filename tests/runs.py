@@ -4,7 +4,6 @@ import functools
 import io
 import itertools
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,6 @@ from conftest import ROOT
 import evaluate
 import train
 from model import GPT, GPTConfig
-from prompt_encoder import METHODS
 
 torch.set_num_threads(1)         # more are slower at this size, and very slow where other programs run
 TEMPORARY = tempfile.TemporaryDirectory(prefix="prompt-tests-")         # goes when Python ends
@@ -26,13 +24,16 @@ TEMPORARY = tempfile.TemporaryDirectory(prefix="prompt-tests-")         # goes w
 def write_small(folder):
     """Write a checkpoint of random weights, 32 wide, and a few of the sample dialogues -> the flags to train with."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(vocab_size=4096, n_positions=128, n_embd=32, n_layer=2, n_head=2))
+    gpt = GPT(GPTConfig(vocab_size=512, n_positions=128, n_embd=32, n_layer=2, n_head=2))
     with torch.no_grad():
         for p in gpt.parameters():
             p.add_(torch.randn(p.shape) * 0.2)              # large enough that it talks
     gpt.save_pretrained(folder / "gpt")
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copyfile(ROOT / "tiny/tiny-gpt2" / file, folder / "gpt" / file)
+    words = json.loads((ROOT / "tiny/tiny-gpt2/vocab.json").read_text(encoding="utf-8"))        # 256 bytes, merges
+    vocab = {word: i for word, i in words.items() if i < 511} | {"<|endoftext|>": 511}
+    merges = (ROOT / "tiny/tiny-gpt2/merges.txt").read_text(encoding="utf-8").splitlines()[:1 + 255]
+    (folder / "gpt/vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "gpt/merges.txt").write_text("\n".join(merges), encoding="utf-8")
     lines = {split: (ROOT / f"tiny/dialogues/{split}.txt").read_text(encoding="utf-8").splitlines()
              for split in ("train", "validation", "test")}
     some = {"train": lines["train"][:12], "validation": lines["validation"][:3],

@@ -1,7 +1,6 @@
 """Metrics against nltk, rouge-score and by hand; the dictionary; devices; what a trained run can do; tables, figure."""
 import doctest
 import functools
-import itertools
 import json
 import math
 import random
@@ -27,7 +26,7 @@ from conftest import ROOT, SHARED
 from evaluate import (METRICS, Lookup, all_metrics, choose_device, corpus_bleu, corpus_nist, distinct, diversity,
                       load_run, lookup_results, novelty, plot, report, rouge_l, table)
 from model import GPT
-from runs import DATA, MODEL, SMALL, contents, failed, finished, lines_of, ok, run
+from runs import MODEL, SMALL, contents, failed, finished, lines_of, ok, run
 
 
 @pytest.mark.parametrize("module", [evaluate, data])
@@ -78,15 +77,6 @@ def test_metrics_equal_nltk_and_rouge_score_on_random_corpora(ours, theirs):
         references = [chance.choice([text(), output, output + " b"]) for output in outputs]
         expected = theirs(outputs, references)
         assert ours(outputs, references) == approx(expected, rel=1e-9, abs=1e-14), (outputs, references)
-
-
-@every_metric
-def test_metrics_equal_nltk_and_rouge_score_on_real_dialogues(ours, theirs):
-    pairs = {split: data.make_pairs(d) for split, d in data.read_dialogues("sample").items()}
-    lookup = Lookup(pairs["train"])
-    outputs, references = zip(*[(lookup.answer(query), response) for query, response in pairs["test"]])
-    expected = theirs(outputs, references)
-    assert expected > 0.005 and ours(outputs, references) == approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("output, reference, score", [
@@ -264,7 +254,7 @@ def test_losses_are_means_over_response_tokens_in_whatever_batches():
     for size in (1, 3, 32):
         *found, nothing = loaded.mean_losses(examples, [range(4), [3, 1], []], size)
         assert found == approx(expected, rel=1e-5) and nothing is None
-    alone = [loaded.tokenizer.decode(*gpt.generate([query], 40, 4095)).strip() for query, _ in examples]
+    alone = [loaded.tokenizer.decode(*gpt.generate([query], 40, 511)).strip() for query, _ in examples]
     assert len(set(alone)) == len(alone) and loaded.respond(examples, batch_size=3) == alone
     assert loaded.mean_losses([], [[]]) == [None] and loaded.respond([]) == []
 
@@ -272,31 +262,31 @@ def test_losses_are_means_over_response_tokens_in_whatever_batches():
 def test_a_row_without_a_word_is_never_generated(tmp_path):
     """wte is padded to a multiple of 64, and one of the new rows is [PAD]'s: even where these rows would always win."""
     gpt, folder = GPT.from_pretrained(MODEL), shutil.copytree(MODEL, tmp_path / "padded")
-    gpt.config.vocab_size, gpt.config.eos_token_id = 4160, 4095
+    gpt.config.vocab_size, gpt.config.eos_token_id = 576, 511
     with torch.no_grad():
         gpt.ln_f.bias += 5
         gpt.wte.weight = torch.nn.Parameter(torch.cat([gpt.wte.weight, torch.full((64, 32), 10.0)]))
     gpt.save_pretrained(folder)
-    (folder / "added_tokens.json").write_text('{"[PAD]": 4096}')
-    assert min(GPT.from_pretrained(folder).generate([[1, 2, 3]], 5)[0]) >= 4096         # the GPT alone knows no words
+    (folder / "added_tokens.json").write_text('{"[PAD]": 512}')
+    assert min(GPT.from_pretrained(folder).generate([[1, 2, 3]], 5)[0]) >= 512         # the GPT alone knows no words
     ok(run(train, "--method", "dynamic", *SMALL, "--model", folder, "--epochs", 0, "--out", tmp_path / "run"))
     loaded = load_run(tmp_path / "run")
     torch.manual_seed(0)
     for options in {}, {"temperature": 1.0}, {"temperature": 5.0, "top_p": 0.9}:
         (ids, _), = data.encode_pairs([(["Hello."], "")], loaded.tokenizer, 16)
-        answer, = loaded.model.generate([ids], 20, 4095, **options)
-        assert len(answer) == 20 and max(answer) < 4095
+        answer, = loaded.model.generate([ids], 20, 511, **options)
+        assert len(answer) == 20 and max(answer) < 511
         assert "[PAD]" not in loaded.reply("Hello.", **options)
     assert not any("[PAD]" in line["response"] for line in lines_of(tmp_path / "run/generations.jsonl"))
 
 
-@pytest.mark.parametrize("vocab_size", [4095, 4000])
+@pytest.mark.parametrize("vocab_size", [511, 500])
 def test_a_tokenizer_with_more_words_than_rows_is_refused(tmp_path, vocab_size):
     gpt, folder = GPT.from_pretrained(MODEL), shutil.copytree(MODEL, tmp_path / "short")
     gpt.config.vocab_size, gpt.wte.weight = vocab_size, torch.nn.Parameter(gpt.wte.weight[:vocab_size])
     gpt.save_pretrained(folder)
     ended = run(train, "--method", "soft", *SMALL, "--model", folder, "--out", tmp_path / "run")
-    failed(ended, 1, folder, 4095, vocab_size)
+    failed(ended, 1, folder, 511, vocab_size)
 
 
 
@@ -357,7 +347,7 @@ def test_chat():
 
 # ------------------------------------------------------------------------------------------------------------- export
 
-IDS = [40, 73, 0, 300, 17, 2110, 13, 999, 4095]
+IDS = [40, 73, 0, 300, 17, 211, 13, 99, 511]
 
 
 def test_export_for_transformers(tmp_path):
@@ -367,7 +357,7 @@ def test_export_for_transformers(tmp_path):
     theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt").eval(), torch.tensor([IDS])
     with torch.no_grad():
         torch.testing.assert_close(load_run(folder).model.gpt(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    assert data.load_tokenizer(tmp_path / "gpt").eot_token == 4095
+    assert data.load_tokenizer(tmp_path / "gpt").eot_token == 511
     failed(run(evaluate, folder, "--export", tmp_path / "gpt"), 1, tmp_path / "gpt", "not empty")
 
 

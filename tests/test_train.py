@@ -11,7 +11,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data
 import evaluate
@@ -32,6 +32,7 @@ from runs import (DATA, MODEL, SMALL, assert_same_run, contents, failed, finishe
 
 TRAINS = {"finetune": {"gpt", "gpt.wte"}, "soft": {"encoder", "gpt.wte"}, "dynamic": {"encoder", "gpt.wte"},
           "prompt-tuning": {"encoder"}, "p-tuning": {"encoder"}, "prefix": {"encoder"}, "dialogprompt": {"encoder"}}
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 every_method = pytest.mark.parametrize("method", TRAINS)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -39,22 +40,6 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 def start(method, *flags, **options):
     """Run train.py with the small model."""
     return run(train, "--method", method, *SMALL, *flags, **options)
-
-
-def forked(n, environment, arguments):
-    """The same in n processes that need not import anything -> their exit codes."""
-    def work(rank):
-        os.environ.update(environment, **{"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {})
-        sys.exit(start(*arguments).status)
-
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("needs fork")
-    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(n)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def results_of(folder):
@@ -111,8 +96,8 @@ def test_what_the_files_hold():
     config = json.loads((folder / "config.json").read_text())
     assert config.keys() == {
         "version", "method", "model", "data", "fraction", "turns", "pairs", "prompt_length", "controller_layers",
-        "epochs", "patience", "batch_size", "lr", "trials", "dropout", "seed", "dtype", "compile", "max_query", "max_response",
-        "train_embeddings", "weights", "dialogues"}
+        "epochs", "patience", "batch_size", "lr", "trials", "dropout", "seed", "dtype", "compile", "max_query",
+        "max_response", "train_embeddings", "weights", "dialogues"}
     assert [(line["epoch"], line["step"]) for line in log] == [(0, 0), (1, 5), (2, 10)]
     assert all(line.keys() == {"epoch", "step", "train_loss", "val_loss", "val_bleu4", "lr", "seconds", "eval_seconds",
                                "tokens_per_second"} for line in log)
@@ -165,14 +150,14 @@ def test_epochs_0_scores_the_model_before_training():
     folder, theirs, losses = finished("finetune", "--epochs", 0), GPT2LMHeadModel.from_pretrained(MODEL), []
     tokenizer = data.load_tokenizer(MODEL)
     for g in lines_of(folder / "generations.jsonl"):
-        query, response = (tokenizer.encode_ordinary(text) + [4095] for text in (*g["query"], g["reference"]))
+        query, response = (tokenizer.encode_ordinary(text) + [511] for text in (*g["query"], g["reference"]))
         query, response = query[-16:], response[:16]
         with torch.no_grad():
             logits = theirs(torch.tensor([query + response])).logits[0, len(query) - 1:-1]
             answer = theirs.generate(torch.tensor([query]), attention_mask=torch.ones(1, len(query)), max_new_tokens=40,
-                                     do_sample=False, pad_token_id=4095)[0, len(query):].tolist()
+                                     do_sample=False, pad_token_id=511)[0, len(query):].tolist()
         losses += torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="none").tolist()
-        assert g["response"] == tokenizer.decode([t for t in answer if t != 4095]).strip()
+        assert g["response"] == tokenizer.decode([t for t in answer if t != 511]).strip()
     assert results_of(folder)["epoch"] == checkpoint_of(folder)["epoch"] == 0 and len(log_of(folder)) == 1
     perplexity = math.exp(sum(losses) / len(losses))
     assert results_of(folder)["test"]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
@@ -197,10 +182,6 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path, given, epoch
     assert checkpoint_of(folder)["val_loss"] == given[epoch][0]
 
 
-def test_another_seed_is_another_run():
-    assert log_of(finished("finetune"))[1] != log_of(finished("finetune", "--seed", 1, "--epochs", 1))[1]
-
-
 def test_the_learning_rate_rises_and_falls():
     for steps, expected in (1000, {0: 0.01, 49: 0.5, 99: 1, 550: 0.5, 999: 1 / 900}), (20, {0: 0.5, 1: 1, 19: 1 / 18}):
         assert {step: train.warm_up_and_decay(step, steps) for step in expected} == pytest.approx(expected)
@@ -220,9 +201,8 @@ def test_one_text_file_is_data_enough(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method, owner, name, number, after", [
     ("dynamic", PromptedGPT, "label_logits", 2, 0), ("prompt-tuning", PromptedGPT, "label_logits", 9, 1),
-    ("p-tuning", train, "save", 4, 1), ("finetune", train, "save", 5, 1), ("dialogprompt", Run, "respond", 3, 1),
-    ("prefix", Run, "test", 1, 2)],
-    ids=["first epoch", "mid-epoch", "before best.pt", "after best.pt", "in validation", "in the test"])
+    ("finetune", train, "save", 5, 1), ("dialogprompt", Run, "respond", 3, 1), ("prefix", Run, "test", 1, 2)],
+    ids=["first epoch", "mid-epoch", "after best.pt", "in validation", "in the test"])
 def test_interrupted_and_resumed(tmp_path, method, owner, name, number, after):
     """Ctrl-C at any moment says how to resume; a look at the run does no harm; it ends as if nothing had been."""
     folder = tmp_path / "run"
@@ -237,11 +217,15 @@ def test_interrupted_and_resumed(tmp_path, method, owner, name, number, after):
     assert_same_run(folder, finished(method))
 
 
+@needs_fork
 def test_killed_in_a_save_and_resumed(tmp_path):
     """SIGKILL leaves half a file behind, which does no harm and is taken away."""
     folder = tmp_path / "run"
     with on_call(os, "fsync", 8, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-        assert forked(1, {}, ["soft", "--out", folder]) == [-signal.SIGKILL]
+        process = multiprocessing.get_context("fork").Process(target=start, args=("soft", "--out", folder))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert any(file.suffix == ".tmp" for file in folder.iterdir())
     assert "resuming after epoch 1\n" in ok(start("soft", "--out", folder, "--resume")).out
     assert_same_run(folder, finished("soft"))
@@ -374,21 +358,18 @@ def test_a_checkpoint_with_nan_is_found_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("size", [2_000, 531_000], ids=lambda size: f"{size} bytes")
-def test_a_full_disk(tmp_path, size):
+def test_a_full_disk(tmp_path):
     """One sentence, and the last good checkpoint is there to resume from."""
     resource, folder = pytest.importorskip("resource"), tmp_path / "run"
     with on_call(Run, "respond", 3, interrupt):
         start("soft", "--out", folder)
     before, (soft, hard) = contents(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))         # no file may grow beyond that
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))       # no file may grow beyond that
     try:
         failed(start("soft", "--out", folder, "--resume"), 1, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    after = contents(folder)
-    room = {Path(name): after[Path(name)] for name in ("best.pt", "log.jsonl")}         # for these, maybe
-    assert after == before | room
+    assert contents(folder) == before
     ok(start("soft", "--out", folder, "--resume"))
     assert_same_run(folder, finished("soft"))
 
@@ -415,16 +396,12 @@ def test_usage_errors(tmp_path, flags, word):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_just_fits_is_accepted(tmp_path):
-    ok(start("soft", "--max-query", 44, "--epochs", 0, "--out", tmp_path / "run"))
-
-
 @pytest.mark.parametrize("file, content, word", [
     ("data/test.txt", None, "test.txt"), ("data/validation.txt", b"Hello? Anybody?\n", "validation.txt"),
     ("data/train.txt", b"Hi. __eou__ Hi!\nCaf\xe9. __eou__ Yes.\n", "line 2"), ("data", "nowhere", "nowhere"),
     ("gpt/config.json", b"{}", "vocab_size"), ("gpt/model.safetensors", b"\0" * 100, "model.safetensors"),
     ("gpt/vocab.json", None, "tokenizer.json"), ("gpt/merges.txt", None, "merges.txt"), ("gpt", "gpt5", "gpt5"),
-    ("gpt/config.json", b'{"vocab_size": 4097, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}', "4097")],
+    ("gpt/config.json", b'{"vocab_size": 513, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}', "513")],
     ids=range(10))
 def test_bad_data_and_checkpoints(tmp_path, file, content, word):
     folder = shutil.copytree(MODEL.parent, tmp_path / "bad")
@@ -468,13 +445,12 @@ def test_a_log_file_without_unicode(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits(method, dtype):
     """On any CPU, the loss falls, from where it is in float32."""
-    some_run, examples = prepared(method, dtype=dtype)
-    examples, like = examples[:16], prepared(method)[0]
+    (some_run, examples), (like, _) = prepared(method, dtype=dtype), prepared(method)
     like.model.load_trained(some_run.model.trained())
-    (loss,), (expected,) = some_run.mean_losses(examples, [range(16)]), like.mean_losses(examples, [range(16)])
+    (loss,), (expected,) = (run.mean_losses(examples[:8], [range(8)]) for run in (some_run, like))
     assert loss == pytest.approx(expected, rel=0.02)
-    assert all(map(math.isfinite, train_some(some_run, examples * 2, 4))) and len(some_run.respond(examples[:2])) == 2
-    assert some_run.mean_losses(examples, [range(16)])[0] < loss
+    assert all(map(math.isfinite, train_some(some_run, examples[:8] * 3, 3))) and some_run.respond(examples[:1])
+    assert some_run.mean_losses(examples[:8], [range(8)])[0] < loss
 
 
 def test_16_bits_resume(tmp_path):
@@ -517,33 +493,20 @@ def test_compile(tmp_path):
     assert compiled == pytest.approx(eager, rel=1e-5)
 
 
-def same_losses(folder, *flags):
-    """As one process has them."""
-    (before, several), (untrained, one) = log_of(folder), log_of(finished("dynamic", *flags))
-    assert before["val_loss"] == untrained["val_loss"] and results_of(folder)["test"]["n"] == 11
+@needs_fork
+@pytest.mark.parametrize("processes, batch_size", [(2, 3), (4, 4)])
+def test_torchrun(tmp_path, processes, batch_size):
+    """Of a batch of 3, one process has 2 rows and the other 1 or, at the end, none; of a batch of 4, four have 1 each.
+    torchrun's own agent starts them, as forks, which need not import anything."""
+    flags = "--batch-size", batch_size, "--dropout", 0, "--epochs", 1
+    agent = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="test", rdzv_backend="c10d",
+                         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.05, start_method="fork")
+    ended = elastic_launch(agent, start)("dynamic", *flags, "--out", tmp_path / "run")
+    assert "tested: epoch 1" in ok(ended[0]).out and {ok(other).out for rank, other in ended.items() if rank} == {""}
+    (before, several), (untrained, one) = log_of(tmp_path / "run"), log_of(finished("dynamic", *flags))
+    assert before["val_loss"] == untrained["val_loss"] and results_of(tmp_path / "run")["test"]["n"] == 11
     for key in ("train_loss", "val_loss"):
         assert several[key] == pytest.approx(one[key], rel=1e-4)
-
-
-def test_torchrun(tmp_path):
-    """Of a batch of 3, one process has 2 rows and the other 1 or, at the end, none."""
-    flags = "--batch-size", 3, "--dropout", 0, "--epochs", 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "train.py",
-               "--method", "dynamic", *SMALL, *flags, "--out", tmp_path / "run"]
-    end = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", env=ENVIRONMENT)
-    assert end.returncode == 0, end.stderr
-    assert end.stdout.count("epoch   1 ") == 1
-    same_losses(tmp_path / "run", *flags)
-
-
-def test_four_processes_with_a_row_each(tmp_path):
-    flags = "--batch-size", 4, "--dropout", 0, "--epochs", 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    assert forked(4, environment, ["dynamic", *flags, "--out", tmp_path / "run"]) == [0] * 4
-    same_losses(tmp_path / "run", *flags)
 
 
 @pytest.fixture
