@@ -220,9 +220,10 @@ def choose_device(device="auto", dtype="auto"):
         why.append(f"this {'GPU' if kind == 'cuda' else kind} has {'' if native else 'no '}fast bfloat16")
     else:
         why.append(f"--dtype {dtype}")
-    if kind == "cuda" and dtype != "float32" and torch.cuda.get_device_capability()[0] >= 8:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        why.append("float32 products, as the output layer's, in TF32")
+    if kind == "cuda":                                  # cuDNN's own default would round p-tuning's LSTM in float32, too
+        tf32 = dtype != "float32" and torch.cuda.get_device_capability()[0] >= 8
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        why += ["float32 products, as the output layer's, in TF32"] * tf32
     return device, getattr(torch, dtype), "; ".join(why)
 
 

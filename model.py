@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,13 +175,13 @@ class GPT(nn.Module):
         if len(queries) == 0:
             return []
         ids = pad_sequence([torch.as_tensor(query, dtype=torch.int64) for query in queries], batch_first=True)
-        x = self.wte(to_device(ids, self.wte.weight.device))
-        return self.generate_from(x, [len(query) for query in queries], None, max_new_tokens, eot, temperature, top_p)
+        with evaluation(self):
+            x = self.wte(to_device(ids, self.wte.weight.device))
+            return self.generate_from(x, [len(query) for query in queries], None, max_new_tokens, eot, temperature, top_p)
 
-    @torch.no_grad()
     def generate_from(self, x, lengths, past, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
         """Like `generate`, from input embeddings x (B, T, C), padded on the right to `lengths` (a list of B numbers), and a
-        `past` as in `hidden_states`, or None."""
+        `past` as in `hidden_states`, or None. To be called within `evaluation`."""
         c, (B, T, _), device = self.config, x.shape, x.device
         P = past[0][0].size(2) if past else 0
         eot = eot if eot is not None else c.eos_token_id if c.eos_token_id is not None else c.vocab_size - 1
@@ -191,8 +192,6 @@ class GPT(nn.Module):
                              f"but the model's n_positions is {c.n_positions}")
         suppressed = torch.zeros(c.vocab_size).index_fill(0, torch.tensor(self.suppress_tokens, dtype=torch.int64), -math.inf)
         ends, suppressed = to_device(torch.tensor(lengths), device), to_device(suppressed, device)
-        was_training = self.training
-        self.eval()
         answers, rows = [[] for _ in lengths], list(range(B))           # rows: those that have not ended
         # Prefill: one pass over the rows. What is real never reads the padding behind it; later tokens must not either.
         hidden, past = self.hidden_states(x, past)
@@ -215,7 +214,6 @@ class GPT(nn.Module):
             readable = F.pad(readable, (0, 1), value=True)
             hidden, past = self.hidden_states(self.wte(tokens)[:, None], past, readable, positions)
             positions = positions + 1
-        self.train(was_training)
         return answers
 
     # ---------------------------------------------------------------------------------------------- checkpoint folders
@@ -275,6 +273,18 @@ class GPT(nn.Module):
         write_safetensors(folder / "model.safetensors", {
             f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype) for name, t in self.state_dict().items()})
         replace(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+
+
+@contextmanager
+def evaluation(module):
+    """Evaluation mode for a while: no dropout, no gradients."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
 
 
 def sample_next_token(logits, temperature, top_p):

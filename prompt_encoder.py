@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Block, init_weights, to_device
+from model import Block, evaluation, init_weights, to_device
 
 
 # ------------------------------------------------------------------------------------------------ the prompt encoders
@@ -302,7 +302,7 @@ def make_batch(examples, prompt_length):
         where.append(torch.arange(len(response)) + prompt_length(m) + m - 1)        # one before each response token
         order.append(torch.cat((torch.arange(prompt_length(m)), P + torch.arange(m), P + M + torch.arange(len(response)))))
     lengths, order = [len(row) for row in order], pad_sequence(order, batch_first=True)
-    ids = torch.cat([pad_sequence([torch.tensor(row, dtype=torch.int64) for row in part], batch_first=True)
+    ids = torch.cat([pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in part], batch_first=True)
                      for part in (queries, responses)], dim=1)
     return Batch(ids, torch.arange(M) < torch.tensor([[len(query)] for query in queries]), order,
                  torch.cat([b * order.size(1) + t for b, t in enumerate(where)]),
@@ -376,18 +376,15 @@ class PromptedGPT(nn.Module):
         batch = self.batch(examples)
         return F.cross_entropy(self.label_logits(batch), batch.labels, reduction="none")
 
-    @torch.no_grad()
     def generate(self, queries, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
         """Answer each of a list of token lists, all in one batch, as `GPT.generate` does, but behind its prompt. (`self.gpt`
         alone would answer without one.)"""
+        if len(queries) == 0:
+            return []
         batch = self.batch([(query, []) for query in queries])
-        was_training = self.training
-        self.eval()
-        with self.autocast():
+        with evaluation(self), self.autocast():
             x, past = self.embed(batch)
-            answers = self.gpt.generate_from(x, batch.lengths, past, max_new_tokens, eot, temperature, top_p)
-        self.train(was_training)
-        return answers
+            return self.gpt.generate_from(x, batch.lengths, past, max_new_tokens, eot, temperature, top_p)
 
     def trained(self):
         """What is trained, by name: all that a run's checkpoint needs to hold."""

@@ -28,6 +28,7 @@ import torch
 from bench import Work, choose_dtypes, describe, make_checkpoint, race, runner
 from conftest import ROOT
 from data import checkpoint_folder, encode_pairs, load_tokenizer, make_pairs, read_dialogues
+from evaluate import choose_device
 from model import GPT
 from prompt_encoder import METHODS, PromptedGPT
 from theirs import THEIRS
@@ -55,7 +56,7 @@ def loss_and_gradients(method, examples, device):
 
 def compare(method, device, examples):
     """-> how far the device's loss and gradients are from the CPU's, relatively, and how many answers are equal."""
-    torch.backends.cudnn.allow_tf32 = False                     # on by default, for p-tuning's LSTM
+    choose_device(device, "float32")                            # without TF32
     (loss, gradients), (expected, their) = (loss_and_gradients(method, examples, where) for where in (device, "cpu"))
     worst = max((gradients[name] - g).norm().item() / g.norm().item() for name, g in their.items())
     queries = [query for query, _ in examples]
