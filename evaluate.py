@@ -338,9 +338,9 @@ def load_checkpoint(path, keys):
 def load_run(folder, device="auto", dtype="auto"):
     """A run's folder -> its Run, with the weights of its best epoch. dtype auto: as the run was trained.
 
-    >>> run = load_run("runs/sample-tiny-gpt2-dynamic-1.0-s0")          # doctest: +SKIP
-    >>> run.reply("Good morning.")                                      # doctest: +SKIP
-    'Good morning, sir.'
+    >>> run = load_run("runs/sample-tiny-dialogpt-dynamic-1.0-s0")      # doctest: +SKIP
+    >>> run.reply("Do you like music?")                                 # doctest: +SKIP
+    'I like the old ones.'
     """
     path = Path(folder) / "best.pt"
     if not path.exists():
@@ -421,8 +421,13 @@ def finished_runs(path):
         raise FileNotFoundError(f"{path} holds no finished run (no results.json below it)")
     runs = [(read_json(file.parent / "config.json"), read_json(file)) for file in files]
     for file, (config, results) in zip(files, runs):
-        if config.get("method") not in METHODS or any(METRICS.keys() - results.get(part, {}) for part in ("test", "test_unseen")):
-            raise ValueError(f"{file} lacks metrics: was it written by another version of this project?")
+        if config.get("method") not in METHODS:
+            raise ValueError(f"{file.parent / 'config.json'} names the method {config.get('method')!r}, expected one of "
+                             f"{', '.join(METHODS)}: was it written by another version of this project?")
+        lacking = [name for name in METRICS if any(name not in results.get(part, {}) for part in ("test", "test_unseen"))]
+        if lacking:
+            raise ValueError(f"{file} lacks the metrics {', '.join(lacking)}: score the run again with "
+                             f"python evaluate.py {file.parent}")
     return runs
 
 

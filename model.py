@@ -35,12 +35,17 @@ class GPTConfig:
     eos_token_id: int | None = None         # <|endoftext|>; None: the vocabulary's last token
     dropout: float = 0.0                    # in training only: on embeddings, attention and residual branches
 
+    @property
+    def eot(self):
+        return self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
+
 
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(D)) v, where every position reads itself and what stands before it."""
 
     def __init__(self, config):
         super().__init__()
+        assert config.n_embd % config.n_head == 0, f"n_embd {config.n_embd} does not divide into {config.n_head} heads"
         self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)       # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -49,14 +54,16 @@ class Attention(nn.Module):
         """x (B, T, C) -> y (B, T, C), and the keys and values (B, H, P + T, D) of all that could be read.
 
         past: keys and values (B, H, P, D) that stand before the row; they are read as if they were part of it.
-        mask: added to the scores, (B or 1, 1, T, P + T): 0 where a position may be read, -inf elsewhere; None: the causal
-        triangle, for rows without a past.
+        mask: added to the scores, (B or 1, 1, T, P + T): 0 where a position may be read, -inf elsewhere; None: causal, every
+        position reads the past, itself and what stands before it.
         """
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, T, C) -> (B, H, T, D)
+        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                # (B, T, C) -> (B, H, T, D)
                    for t in self.c_attn(x).split(C, dim=2))
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
+            if mask is None:            # `is_causal` would begin at the past's first position, not behind its last
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)              # (B, H, T, D) -> (B, T, C)
@@ -184,7 +191,7 @@ class GPT(nn.Module):
         `past` as in `hidden_states`, or None. To be called within `evaluation`."""
         c, (B, T, _), device = self.config, x.shape, x.device
         P = past[0][0].size(2) if past else 0
-        eot = eot if eot is not None else c.eos_token_id if c.eos_token_id is not None else c.vocab_size - 1
+        eot = c.eot if eot is None else eot
         if min(lengths) == 0:
             raise ValueError(f"query {lengths.index(0)} has no tokens, expected at least one")
         if P + max(lengths) + max_new_tokens > c.n_positions:
@@ -264,12 +271,11 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors as `transformers` writes and reads them. Raises OSError."""
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
-        eot = c.vocab_size - 1 if c.eos_token_id is None else c.eos_token_id
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
                   "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_ctx": c.n_positions, "n_embd": c.n_embd,
                   "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner,
                   "layer_norm_epsilon": c.layer_norm_epsilon, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
-                  "bos_token_id": eot, "eos_token_id": eot}
+                  "bos_token_id": c.eot, "eos_token_id": c.eot}
         write_safetensors(folder / "model.safetensors", {
             f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype) for name, t in self.state_dict().items()})
         replace(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
@@ -310,7 +316,8 @@ def is_conv1d(name):
 
 
 def some(names):
-    return ", ".join(map(ascii, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5) if names else "nothing"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(ascii, names[:5])) + more or "nothing"
 
 
 def read_config(path):
@@ -331,8 +338,10 @@ def read_config(path):
             raise ValueError(f"{path}: {key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
     raw = {"n_positions": raw.get("n_ctx")} | raw
     limits = {"vocab_size": 10**7, "n_positions": 10**6, "n_embd": 10**5, "n_layer": 1000, "n_head": 10**4, "n_inner": 10**6}
-    for key, limit in limits.items():                   # n_inner may be null
-        if (key, raw.get(key)) != ("n_inner", None) and not (type(raw.get(key)) is int and 0 < raw[key] <= limit):
+    for key, limit in limits.items():
+        if key == "n_inner" and raw.get(key) is None:
+            continue
+        if type(raw.get(key)) is not int or not 0 < raw[key] <= limit:
             raise ValueError(f"{path}: {key} is {raw.get(key)!r}, expected a whole number from 1 to {limit}")
     epsilon, eos = raw.get("layer_norm_epsilon", 1e-5), raw.get("eos_token_id")
     if raw["n_embd"] % raw["n_head"]:

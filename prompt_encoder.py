@@ -28,6 +28,7 @@ class PromptEncoder(nn.Module):
     trains_gpt = False              # whether the GPT's blocks are trained, too
     trains_embeddings = False       # whether the GPT's word embeddings wte, tied to the output layer, are trained, too
     default_length = None           # k, for methods that have one
+    learning_rate = 1e-3            # train.py's default --lr
     writes_past = False             # the prompt is keys and values before the row, not embeddings in it
     reads_hidden_states = False     # `forward` gets the GPT's last hidden states of the queries, not their word embeddings
 
@@ -38,12 +39,12 @@ class PromptEncoder(nn.Module):
         self.max_query = max_query
 
     def length(self, m):
-        """How many prompt embeddings stand before a query of m tokens."""
+        """How many prompt embeddings stand before a query of m tokens: to be overridden where there are any."""
         return 0
 
     def forward(self, queries, mask):
         """Query embeddings (B, M, C), zero behind each query's end, and mask (B, M), True up to there -> prompt embeddings
-        (B, n, C), of which a query of m tokens gets the first length(m).
+        (B, length(M), C), of which a query of m tokens gets the first length(m).
 
         Where `writes_past`: -> for each layer a pair of keys and values, each (B, H, k, D).
         """
@@ -55,7 +56,7 @@ class FineTuning(PromptEncoder):
 
         row = [x1, ..., xm, response]           where x = wte(query)
     """
-    trains_gpt, trains_embeddings = True, True
+    trains_gpt, trains_embeddings, learning_rate = True, True, 3e-4
 
     def forward(self, queries, mask):
         return queries[:, :0]                                                       # (B, 0, C)
@@ -66,7 +67,7 @@ class PromptTuning(PromptEncoder):
 
         row = [p1, ..., pk, x1, ..., xm, response]
     """
-    default_length = 20
+    default_length, learning_rate = 20, 3e-2
 
     def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
@@ -104,7 +105,7 @@ class PTuning(PromptEncoder):
         h1, ..., hk = MLP(LSTM(p1, ..., pk))
         row = [h1, ..., hk, x1, ..., xm, response]
     """
-    default_length = 20
+    default_length, learning_rate = 20, 2e-3
 
     def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
@@ -129,7 +130,7 @@ class PrefixTuning(PromptEncoder):
         (k_l, v_l) for each layer l = MLP(p1, ..., pk)
         row = [x1, ..., xm, response], read after the keys k_l and values v_l
     """
-    default_length, writes_past = 10, True
+    default_length, writes_past, learning_rate = 10, True, 3e-3
 
     def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
@@ -269,8 +270,8 @@ class Batch:
                          9 0  4 0
         mask             1 1                True on the query's own tokens
                          1 0
-        order            0 1 2 3 4 5        the rows, in columns of [prompt prompt | ids]: what row 1 skips is its gaps,
-                         0 2 4 0 0 0        and what is padding shows any column, as nothing reads it
+        order            0 1 2 3 4 5        for each place of a row, the column of [prompt prompt | ids] that stands there:
+                         0 2 4 0 0 0        row 1 skips 1, 3 and 5, the padding; behind its end stands any column, unread
         label_positions  3 4  7             where response tokens are predicted, counted through all rows (b * T + t)
         labels           7 8  4             those tokens; transformers' labels, without the -100 everywhere else
         lengths          6 3
@@ -296,23 +297,24 @@ def make_batch(examples, prompt_length):
     queries, responses = zip(*examples)
     M = max(map(len, queries))
     P = prompt_length(M)
-    order, where = [], []
+    order, positions = [], []
     for query, response in examples:
         m = len(query)
-        where.append(torch.arange(len(response)) + prompt_length(m) + m - 1)        # one before each response token
+        positions.append(torch.arange(len(response)) + prompt_length(m) + m - 1)    # one before each response token
         order.append(torch.cat((torch.arange(prompt_length(m)), P + torch.arange(m), P + M + torch.arange(len(response)))))
     lengths, order = [len(row) for row in order], pad_sequence(order, batch_first=True)
     ids = torch.cat([pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in part], batch_first=True)
                      for part in (queries, responses)], dim=1)
-    return Batch(ids, torch.arange(M) < torch.tensor([[len(query)] for query in queries]), order,
-                 torch.cat([b * order.size(1) + t for b, t in enumerate(where)]),
-                 torch.tensor([token for response in responses for token in response], dtype=torch.int64), lengths)
+    return Batch(ids=ids, order=order, lengths=lengths,
+                 mask=torch.arange(M) < torch.tensor([[len(query)] for query in queries]),
+                 label_positions=torch.cat([b * order.size(1) + t for b, t in enumerate(positions)]),
+                 labels=torch.tensor([token for response in responses for token in response], dtype=torch.int64))
 
 
 # -------------------------------------------------------------------------------------------------- GPT and prompt
 
 class PromptedGPT(nn.Module):
-    """A GPT and one way of prompting it.
+    """A GPT and one way of prompting it. The GPT itself is frozen where the method says so: do not share it with another.
 
     method: a name in METHODS. prompt_length: k, for methods that have one (None: the method's default). max_query: the
     longest query in tokens. train_embeddings: whether wte is trained (None: as the method says). dtype: the type of matrix
@@ -329,6 +331,8 @@ class PromptedGPT(nn.Module):
     def __init__(self, gpt, method, prompt_length=None, controller_layers=2, max_query=128, train_embeddings=None,
                  dtype=torch.float32):
         super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
         encoder = METHODS[method]
         self.gpt, self.dtype = gpt, dtype
         self.encoder = encoder(gpt.config, gpt.wte.weight.detach(), prompt_length or encoder.default_length, max_query,
@@ -338,6 +342,7 @@ class PromptedGPT(nn.Module):
         for layer in gpt.h.modules():
             if isinstance(layer, nn.Linear) and not encoder.trains_gpt:
                 layer.to(dtype)                 # once, instead of in every step
+        self.train(gpt.training)
 
     @property
     def device(self):
@@ -361,6 +366,9 @@ class PromptedGPT(nn.Module):
             queries, _ = self.gpt.hidden_states(queries)
         prompt = self.encoder(queries, batch.mask)
         past = prompt if self.encoder.writes_past else None
+        if not past and prompt.size(1) != self.encoder.length(queries.size(1)):
+            raise ValueError(f"{type(self.encoder).__name__} wrote {prompt.size(1)} prompt embeddings, but its `length` "
+                             f"promised {self.encoder.length(queries.size(1))}")
         x = words if past else torch.cat((prompt, words), dim=1)                    # [prompt ; query ; response]
         return x.gather(1, batch.order[..., None].expand(-1, -1, x.size(2))), past  # the padding moves to the right
 

@@ -8,7 +8,6 @@ goes on as if it had never stopped, and there are no random states to save. With
 share of every batch.
 """
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -29,8 +28,6 @@ from evaluate import (Run, UsageError, choose_device, load_checkpoint, load_run,
 from model import load_plain, replace
 from prompt_encoder import METHODS
 
-LEARNING_RATES = {"finetune": 3e-4, "soft": 1e-3, "dynamic": 1e-3, "prompt-tuning": 3e-2, "p-tuning": 2e-3,
-                  "prefix": 3e-3, "dialogprompt": 1e-3}
 RUN_FILES = ("results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt", "config.json")
 NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # what may differ when a run is resumed
 VERSION = 2                                                     # of a run's folder
@@ -61,9 +58,10 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     for indices, rate in zip(batches, rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        mine = indices[rank::world]                     # where that is none, one row takes part that counts nothing
+        mine = indices[rank::world]                     # this process's share of the batch
         tokens = sum(len(examples[i][1]) for i in indices)
-        loss = model([examples[i] for i in mine or indices[:1]]).sum() * (bool(mine) / tokens)
+        weight = 1 / tokens if mine else 0              # without a row of a short last batch, it takes part with one that
+        loss = model([examples[i] for i in mine or indices[:1]]).sum() * weight         # counts nothing
         scaler.scale(loss * world).backward()           # DistributedDataParallel divides gradients by world
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -86,7 +84,7 @@ def fit(run, splits, config, folder, label=""):
     say(f"{label}training {n:,} of {total:,} parameters ({n / total:.1%})")
     optimizer = torch.optim.AdamW(trained.values(), lr=config["lr"], weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-    epoch, log, best = -1, [], None
+    epoch, log, best = -1, [], None                     # epoch 0 only scores
     if (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt", {"trained", "optimizer", "scaler", "epoch", "log", "best"})
         model.load_trained(state["trained"])
@@ -94,13 +92,11 @@ def fit(run, splits, config, folder, label=""):
         scaler.load_state_dict(state["scaler"])
         epoch, log, best = state["epoch"], state["log"], state["best"]
         say(f"{label}resuming after epoch {epoch}")
-    eager = contextlib.nullcontext
     if config["compile"]:
         for block in model.gpt.h:
             block.compile(dynamic=True)
-        eager = lambda: torch.compiler.set_stance("force_eager")        # noqa: E731  for scoring and answering
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
-    steps_per_epoch = -(-len(examples) // config["batch_size"])
+    steps_per_epoch = math.ceil(len(examples) / config["batch_size"])
     steps = steps_per_epoch * config["epochs"]
     rates = [config["lr"] * warm_up_and_decay(step, steps) for step in range(steps)]
 
@@ -123,11 +119,11 @@ def fit(run, splits, config, folder, label=""):
                     raise Diverged(f"the loss became {loss} at step {first + i + 1} with a learning rate of "
                                    f"{rates[first + i]:.2g}; nothing of this epoch is saved")
             weights = [sum(len(examples[i][1]) for i in indices) for indices in batches]
-            line["train_loss"] = sum(map(math.prod, zip(losses, weights))) / sum(weights)
+            line["train_loss"] = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
             line["lr"] = rates[step - 1]
             line["tokens_per_second"] = sum(map(run.row_length, examples)) / line["seconds"]
         begun = time.perf_counter()
-        with eager():
+        with torch.compiler.set_stance("force_eager" if config["compile"] else "default"):      # scores and answers eagerly
             val_loss, bleu4 = from_main_process(lambda: run.validate(splits))
         if not math.isfinite(val_loss):
             raise Diverged(f"the validation loss became {val_loss} after step {step}; nothing of this epoch is saved")
@@ -239,7 +235,7 @@ def parse_arguments():
     shown = " (default: %(default)s)"
     add = parser.add_argument_group("what is trained").add_argument
     add("--method", required=True, choices=list(METHODS), help="the way of prompting")
-    add("--model", default="tiny-gpt2", help="tiny-gpt2, tiny-dialogpt, gpt2[-medium|-large|-xl], "
+    add("--model", default="tiny-dialogpt", help="tiny-dialogpt, tiny-gpt2, gpt2[-medium|-large|-xl], "
         "dialogpt-small|medium|large, owner/name on the Hugging Face Hub, or a folder" + shown)
     add("--prompt-length", type=number(int, 1, 10**6), help="k, for methods with a prompt of fixed length (default: "
         + ", ".join(f"{name} {m.default_length}" for name, m in METHODS.items() if m.default_length) + ")")
@@ -261,7 +257,7 @@ def parse_arguments():
         help="stop after this many epochs without a better one (validation BLEU4, then loss)" + shown)
     add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes" + shown)
     add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
-        + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES.items()) + ")")
+        + ", ".join(f"{name} {m.learning_rate:g}" for name, m in METHODS.items()) + ")")
     add("--trials", type=number(int, 1, 1000), default=1, help="train this many times, with learning rates drawn from "
         "[3e-6, 9e-3], and test the best by validation BLEU4" + shown)
     add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in training, in GPT and controller" + shown)
@@ -284,7 +280,7 @@ def parse_arguments():
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
         parser.error("--compile needs a C++ compiler, and none is found here (c++, g++, clang++, cl)")
     if args.lr is None and args.trials == 1:
-        args.lr = LEARNING_RATES[args.method]
+        args.lr = METHODS[args.method].learning_rate
     known = {"sample", "dailydialog", "multiwoz", "tiny-gpt2", "tiny-dialogpt", *REPOSITORIES}
     for name in ("data", "model"):                      # paths are kept whole, so that a run can be used from any directory
         value = getattr(args, name)
@@ -319,6 +315,16 @@ def enter_folder(folder, config, resume, overwrite):
     return config | {k: before[k] for k in ("weights", "dialogues") if k in before}
 
 
+def prepare_folder(folder, config, resume, overwrite):
+    """Take away what is replaced, and write the settings."""
+    for trial in folder.glob("trial-[0-9][0-9]*") if overwrite else ():
+        shutil.rmtree(trial)
+    for name in RUN_FILES[:1] if resume else RUN_FILES:         # a run that goes on is not finished
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
 def main():
     args = parse_arguments()
     config = {"version": VERSION} | {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
@@ -338,14 +344,7 @@ def main():
         say(f"{config['data']} is one file: its dialogues are split 80/10/10, shuffled by --seed {config['seed']}")
     if dist.is_initialized():
         dist.barrier()                                          # every process has looked at the folder
-    if main_process():
-        for trial in args.out.glob("trial-[0-9][0-9]*") if args.overwrite else ():
-            shutil.rmtree(trial)
-        for name in RUN_FILES[:1] if args.resume else RUN_FILES:        # a run that goes on is not finished
-            (args.out / name).unlink(missing_ok=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
-    from_main_process(lambda: None)                             # every process finds it ready
+    from_main_process(lambda: prepare_folder(args.out, config, args.resume, args.overwrite))
     try:
         best = (search if args.trials > 1 else fit)(run, splits, config, args.out)
         if main_process():

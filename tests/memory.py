@@ -59,8 +59,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             fresh(make_half, folder, {"n_layer": L, "n_head": H, "n_embd": C})
             for method in args.methods:
-                # In float32: the weights, and for those that are trained also a gradient and AdamW's two averages.
-                fits = parameters * (16 if method == "finetune" else 4) < memory
+                # In float32: the weights, for those that are trained also a gradient and AdamW's two averages, and a margin.
+                fits = parameters * (16 if method == "finetune" else 4) * 1.1 < memory
                 peaks = [fresh(train, side, method, folder, args.device, args.dtype, args.tokens)
                          for side in sides if fits]
                 cells.append(" / ".join(f"{peak:.2f}" for peak in peaks) or "does not fit")
