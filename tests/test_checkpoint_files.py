@@ -1,6 +1,5 @@
 """Checkpoint folders: every published layout loads with transformers' logits; broken and hostile files are refused."""
 import json
-import tracemalloc
 from contextlib import contextmanager
 
 import pytest
@@ -13,7 +12,6 @@ from model import DTYPES, GPT, read_safetensors, replace, write_safetensors
 from test_model import assert_same_logits, loaded, random_gpt2
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 ONE = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
@@ -26,21 +24,10 @@ def edit_config(folder, **changes):
 
 @contextmanager
 def refused(path, match=None):
-    """What happens inside must be refused in one short sentence that names the file, using little memory."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=match) as caught:
-            yield caught
-        assert tracemalloc.get_traced_memory()[1] < 4_000_000
-    finally:
-        tracemalloc.stop()
+    """What happens inside must be refused in one short sentence that names the file."""
+    with pytest.raises(ValueError, match=match) as caught:
+        yield caught
     assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm():
-    """The first time, this makes torch import 70 MB of itself, which `refused` should not count."""
-    torch.empty(1, device="meta").normal_()
 
 
 @pytest.fixture
@@ -64,15 +51,12 @@ def save_legacy(tensors, folder):
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
 
 
-every_save = pytest.mark.parametrize("save", [save_safetensors, save_zip, save_legacy])
-
 # -------------------------------------------------------------------------------------------------- sound checkpoints
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n_inner", [None, 17])
-def test_transformers_reads_what_we_save(n_inner, dtype, tmp_path):
-    gpt = loaded(random_gpt2(n_inner=n_inner), tmp_path / "theirs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_reads_what_we_save(dtype, tmp_path):
+    gpt = loaded(random_gpt2(n_inner=17), tmp_path / "theirs")
     gpt.save_pretrained(tmp_path / "ours", dtype=dtype)
     model, report = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
     assert not any(report.values())
@@ -83,9 +67,9 @@ def test_transformers_reads_what_we_save(n_inner, dtype, tmp_path):
         assert t.dtype == torch.float32 and torch.equal(t, gpt.state_dict()[name].to(dtype).float()), name
 
 
-@every_save
-@pytest.mark.parametrize("prefix", ["", "transformer.", "module.transformer.", "model."])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("save, prefix, dtype", [
+    (save_safetensors, "", torch.float32), (save_zip, "transformer.", torch.float16),
+    (save_legacy, "module.transformer.", torch.bfloat16)])
 def test_every_published_layout(save, prefix, dtype, checkpoint):
     """GPT-2's files have bare names, DialoGPT's a prefix; old ones also store masks, the output layer and n_ctx."""
     folder, model, tensors = checkpoint
@@ -100,47 +84,25 @@ def test_every_published_layout(save, prefix, dtype, checkpoint):
     assert_same_logits(gpt, model.to(dtype).float())
 
 
-@pytest.mark.parametrize("names", [
-    ["wte"], ["lm_head"], ["lm_head.decoder"], ["wte", "lm_head"], ["x.wte", "lm_head.decoder"]], ids=" ".join)
-def test_tied_weights_under_either_name(names, checkpoint):
+def test_tied_weights_under_either_name(checkpoint):
     folder, model, tensors = checkpoint
     words = tensors.pop("wte.weight")
-    save_safetensors(tensors | {f"{name}.weight": words for name in names}, folder)
+    save_safetensors(tensors | {"lm_head.weight": words}, folder)
     assert_same_logits(GPT.from_pretrained(folder), model)
-    if len(names) == 2:
-        save_safetensors(tensors | {f"{name}.weight": words + i for i, name in enumerate(names)}, folder)
-        with refused(folder, "two different tensors for wte.weight"):
-            GPT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_shards(suffix, checkpoint):
-    """Transformers 5 writes no .bin any more, so these are its safetensors shards, saved anew. A lost one is missed."""
-    folder, model, _ = checkpoint
-    model.save_pretrained(folder, max_shard_size="5KB")
-    shards = sorted(folder.glob("*.safetensors"))
-    assert len(shards) > 3
-    if suffix == ".bin":
-        for i, path in enumerate(shards, 1):
-            torch.save(safetensors.torch.load_file(path), folder / f"pytorch_model-{i:05}-of-{len(shards):05}.bin")
-            path.unlink()
-        shards = sorted(folder.glob("*.bin"))
-    assert_same_logits(GPT.from_pretrained(folder), model)
-    shards[1].unlink()
-    with refused(folder, r"missing '(h\.|ln_f|w)"):
+    save_safetensors(tensors | {"wte.weight": words, "lm_head.weight": words + 1}, folder)
+    with refused(folder, "two different tensors for wte.weight"):
         GPT.from_pretrained(folder)
 
 
-def test_padded_words_load_and_need_not_be_said(tmp_path):
-    """A vocabulary padded to a multiple of 8: the rows load, and `suppress_tokens` keeps them out of the answers."""
-    model = random_gpt2(vocab_size=32)
-    model.lm_head.weight.data[27:] *= 10
-    gpt = loaded(model, tmp_path)
-    assert_same_logits(gpt, model)
-    query = [[3], [4], [5]]
-    assert any(token >= 27 for answer in gpt.generate(query, 8, eot=0) for token in answer)
-    gpt.suppress_tokens = list(range(27, 32))
-    assert all(token < 27 for answer in gpt.generate(query, 8, eot=0) for token in answer)
+def test_shards(checkpoint):
+    """A lost one is missed."""
+    folder, model, _ = checkpoint
+    model.save_pretrained(folder, max_shard_size="5KB")
+    assert_same_logits(GPT.from_pretrained(folder), model)
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    second.unlink()
+    with refused(folder, r"missing '(h\.|ln_f|w)"):
+        GPT.from_pretrained(folder)
 
 
 EVERY_KIND = {**{f"kind.{name}": (torch.arange(15).view(3, 5) * 1.7).to(dtype) for name, dtype in DTYPES.items()},
@@ -165,30 +127,17 @@ def test_safetensors_equal_the_library(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- sound but unfit
 
-@pytest.mark.parametrize("changes, complaint", [
-    ({"vocab_size": 31}, r"wte.weight has shape \[30, 12\].*\[31, 12\]"), ({"n_inner": 24}, "mlp.c_fc.* has shape"),
-    ({"n_layer": 3}, r"missing .*'h.2"), ({"n_layer": 1}, r"unexpected .*'h.1"),
-    ({"vocab_size": 10**7, "n_embd": 99_999}, "has shape")])    # four terabytes: the shapes are compared first
-def test_weights_of_another_shape_are_refused(changes, complaint, checkpoint):
+@pytest.mark.parametrize("changes, more, complaint", [
+    ({"vocab_size": 31}, {}, r"wte.weight has shape \[30, 12\].*\[31, 12\]"), ({"n_layer": 3}, {}, "missing .*'h.2"),
+    ({"n_layer": 1}, {}, "unexpected .*'h.1"),
+    ({"vocab_size": 10**7, "n_embd": 99_999}, {}, "has shape"),         # four terabytes: the shapes are compared first
+    ({}, {"h.0.mlp.c_fc.weight": torch.ones(48, 12)}, "h.0.mlp.c_fc.weight has shape"),         # as nn.Linear stores it
+    ({}, {"ln_f.bias": torch.ones(12) / 0}, "ln_f.bias holds NaN or inf"),
+    ({}, {"\x1b[31m": torch.ones(2)}, r"unexpected '\\x1b")])
+def test_weights_that_do_not_fit_the_configuration_are_refused(changes, more, complaint, checkpoint):
     folder, _, tensors = checkpoint
-    save_safetensors(tensors, folder)
+    save_safetensors(tensors | more, folder)
     edit_config(folder, **changes)
-    with refused(folder, complaint):
-        GPT.from_pretrained(folder)
-
-
-@every_save
-@pytest.mark.parametrize("name, t, complaint", [
-    ("lm_head.weight", torch.ones(29, 12), "wte.weight has"), ("wpe.weight", torch.ones(()), "wpe.weight has shape"),
-    ("h.0.mlp.c_fc.weight", torch.ones(48, 12), "h.0.mlp.c_fc.weight has shape"),       # as nn.Linear stores it
-    ("h.0.mlp.c_fc.weight", torch.ones(12, 48, 1), "h.0.mlp.c_fc.weight has shape"),
-    ("ln_f.bias", torch.ones(12) / 0, "ln_f.bias holds NaN or inf"),
-    ("h.1.attn.c_attn.bias", torch.ones(36) * torch.nan, "h.1.attn.c_attn.bias holds NaN or inf"),
-    ("h.0.crossattention.q_attn.weight", torch.ones(2), "unexpected 'h.0.crossattention"),
-    ("\x1b[31m", torch.ones(2), r"unexpected '\\x1b")])
-def test_tensors_that_do_not_fit_are_refused(save, name, t, complaint, checkpoint):
-    folder, _, tensors = checkpoint
-    save(tensors | {name: t}, folder)
     with refused(folder, complaint):
         GPT.from_pretrained(folder)
 
@@ -209,11 +158,11 @@ NUMBERS = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
 
 
 @pytest.mark.parametrize("key, values", [
-    ("model_type", ["gpt_neo", 3]), ("activation_function", ["gelu", "relu"]), ("tie_word_embeddings", [False]),
+    ("model_type", ["gpt_neo"]), ("activation_function", ["gelu"]), ("tie_word_embeddings", [False]),
     ("scale_attn_weights", [False]), ("scale_attn_by_inverse_layer_idx", [True]), ("reorder_and_upcast_attn", [True]),
     ("add_cross_attention", [True]), ("n_inner", [0, 1.5, 10**12, "12"]),
-    *((key, [None, 0, -1, 1.5, 1e300, 10**12, 10**30, True, "12", [12], {}]) for key in NUMBERS),
-    ("layer_norm_epsilon", [0, -1e-5, 1, 1e300, 10**400, float("nan"), True, "1e-5", [1e-5]]), ("n_head", [5])])
+    *((key, [None, 0, -1, 1.5, 10**12, True, "12"]) for key in NUMBERS),
+    ("layer_norm_epsilon", [0, 1, float("nan"), True, "1e-5"]), ("n_head", [5])])       # 5 does not divide the width
 def test_settings_that_are_refused(key, values, checkpoint):
     """There are no weights in the folder: a configuration is judged before they are opened."""
     folder, _, _ = checkpoint
@@ -224,8 +173,8 @@ def test_settings_that_are_refused(key, values, checkpoint):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"12", b"null", b"\xff\xfe{}", b"PK\3\4", b"<html>", bytes(5000),
-                                     b"[" * 100_000, b"9" * 10_000], ids=lambda content: repr(content[:12]))
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe{}", b"PK\3\4", b"<html>", b"[" * 100_000],
+                         ids=lambda content: repr(content[:12]))
 def test_files_of_something_else_are_refused(name, content, checkpoint):
     (checkpoint[0] / name).write_bytes(content)
     with refused(checkpoint[0] / name):
@@ -251,19 +200,15 @@ def two(first, second, size):
 
 HOSTILE = {
     "truncated": one()[:-1], "trailing": one() + b"\0", "header too long": layout({"a": ONE}, length=1000),
-    "nearly 100 MB": layout({"a": ONE}, length=99_999_999), "nearly 2**64": layout({"a": ONE}, length=2**64 - 1),
-    "header too short": layout({"a": ONE}, length=20), "not UTF-8": layout(b'{"\xff": 1}'), "a list": layout(b"[]"),
-    "depth": layout(b'{"a":' * 100_000), "digits": layout(b'{"a":' + b"9" * 10_000 + b"}"), "number": layout(b"1"),
-    "entry is a list": layout({"a": [ONE]}), "entry is empty": layout({"a": {}}), "dtype unknown": one(dtype="F31"),
-    "dtype is a list": one(dtype=["F32"]), "dtype too wide": one(dtype="F64"), "shape too small": one(shape=[2, 2]),
-    "shape negative": one(shape=[-2, -3]), "shape of floats": one(shape=[2.0, 3.0]), "text": one(shape=["2", "3"]),
-    "shape of booleans": one(shape=[True, 6]), "shape overflows": one(shape=[2**62, 4], data_offsets=[0, 0]),
+    "nearly 2**64": layout({"a": ONE}, length=2**64 - 1), "header too short": layout({"a": ONE}, length=20),
+    "not UTF-8": layout(b'{"\xff": 1}'), "a list": layout(b"[]"), "depth": layout(b'{"a":' * 100_000),
+    "entry is empty": layout({"a": {}}), "dtype unknown": one(dtype="F31"), "dtype is a list": one(dtype=["F32"]),
+    "shape too small": one(shape=[2, 2]), "negative": one(shape=[-2, -3]), "shape of floats": one(shape=[2.0, 3.0]),
     "overflow around a zero": layout({"a": ONE | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}, b""),
     "many huge numbers": one(shape=[2**62] * 3000), "a terabyte": one(shape=[2**38], data_offsets=[0, 2**40]),
     "offsets out of the file": one(shape=[2, 4], data_offsets=[0, 32]), "in reverse": one(data_offsets=[24, 0]),
-    "negative": one(data_offsets=[-24, 0]), "floats": one(data_offsets=[0.0, 24.0]), "one": one(data_offsets=[24]),
-    "overlap": two([0, 10], [9, 20], 20), "the same bytes twice": two([0, 10], [0, 10], 10),
-    "gap": two([0, 10], [11, 20], 20), "gap in front": two([1, 10], [10, 20], 20)}
+    "one offset": one(data_offsets=[24]), "the same bytes twice": two([0, 10], [0, 10], 10),
+    "overlap": two([0, 10], [9, 20], 20), "gap": two([0, 10], [11, 20], 20)}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -288,8 +233,7 @@ class Malice:
 
 ODD = {
     "code": lambda w: Malice(), "code among weights": lambda w: w | {"ln_f.bias": Malice()}, "a list": lambda w: [w],
-    "a nested dictionary": lambda w: {"model": w}, "a number among tensors": lambda w: w | {"epoch": 3},
-    "a numbered tensor": lambda w: w | {0: torch.ones(2)},
+    "a number among tensors": lambda w: w | {"epoch": 3}, "a numbered tensor": lambda w: w | {0: torch.ones(2)},
     "sparse": lambda w: w | {"wte.weight": w["wte.weight"].to_sparse()},
     "no data": lambda w: w | {"wte.weight": w["wte.weight"].to("meta")},
     "four bytes in a large shape": lambda w: w | {"wte.weight": torch.ones(1).expand(30, 12)}}

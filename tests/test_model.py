@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest import approx
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig, sample_next_token
@@ -42,8 +41,7 @@ def assert_same_logits(gpt, model):
 
 # ------------------------------------------------------------------------------------------------------- the network
 
-@pytest.mark.parametrize("n_inner", [None, 50])
-@pytest.mark.parametrize("n_head, epsilon", [(1, 1e-5), (2, 1e-12), (3, 1e-3), (5, 0.3), (12, 1e-5)])
+@pytest.mark.parametrize("n_head, epsilon, n_inner", [(1, 1e-5, None), (3, 1e-3, 50), (5, 0.3, None)])
 def test_logits(n_head, epsilon, n_inner, tmp_path):
     model = random_gpt2(seed=n_head, n_head=n_head, n_inner=n_inner, layer_norm_epsilon=epsilon)
     assert_same_logits(loaded(model, tmp_path), model)
@@ -64,14 +62,6 @@ def test_gradients(tmp_path):
         torch.testing.assert_close(p.grad, grad, atol=1e-4, rtol=1e-3, msg=lambda text: f"{name}: {text}")
 
 
-def test_initialisation_has_the_spread_of_transformers():
-    shape = {"vocab_size": 400, "n_positions": 100, "n_embd": 96, "n_layer": 5, "n_head": 3}
-    theirs = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).transformer.state_dict()
-    for name, t in GPT(GPTConfig(**shape)).state_dict().items():
-        assert t.std().item() == approx(theirs[name].std().item(), rel=0.05), name
-        assert t.mean().item() == approx(theirs[name].mean().item(), abs=0.001), name
-
-
 def test_dropout_falls_where_it_falls_in_transformers(tmp_path):
     """In training: on embeddings, attention and both branches. By default there is none, whatever config.json says."""
     model = random_gpt2(embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3)
@@ -85,32 +75,22 @@ def test_dropout_falls_where_it_falls_in_transformers(tmp_path):
     torch.testing.assert_close(ours, model.train()(ids).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("cuts", [[7], [1, 2, 3], [5, 6, 19]])
-def test_a_row_in_pieces_equals_one_pass(cuts, tmp_path):
+def test_a_row_in_pieces_equals_one_pass(tmp_path):
     """Each piece reads the presents of those before it as its past. Transformers' keys and values serve as well."""
     model = random_gpt2(seed=2)
     gpt, ids = loaded(model, tmp_path), random_ids(model)
     with torch.no_grad():
         whole, presents = gpt.hidden_states(gpt.wte(ids))
         past, pieces = None, []
-        for piece in ids.tensor_split(cuts, dim=1):
+        for piece in ids.tensor_split([5, 6, 19], dim=1):
             hidden, past = gpt.hidden_states(gpt.wte(piece), past)
             pieces.append(hidden)
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-4, rtol=0)
         for mine, other in zip(past, presents, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
-        cache = model(ids[:, :cuts[0]]).past_key_values
-        rest, _ = gpt.hidden_states(gpt.wte(ids[:, cuts[0]:]), [(layer.keys, layer.values) for layer in cache.layers])
-        torch.testing.assert_close(gpt.logits(rest), model(ids).logits[:, cuts[0]:], atol=1e-4, rtol=0)
-
-
-def test_more_positions_than_there_are():
-    gpt = GPT(GPTConfig(vocab_size=9, n_positions=5, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="6 positions .* n_positions is 5"):
-        gpt(torch.zeros(1, 6, dtype=torch.int64))
-    _, past = gpt.hidden_states(torch.zeros(1, 2, 8))
-    with pytest.raises(ValueError, match="6 positions"):
-        gpt.hidden_states(torch.zeros(1, 4, 8), past)
+        cache = model(ids[:, :5]).past_key_values
+        rest, _ = gpt.hidden_states(gpt.wte(ids[:, 5:]), [(layer.keys, layer.values) for layer in cache.layers])
+        torch.testing.assert_close(gpt.logits(rest), model(ids).logits[:, 5:], atol=1e-4, rtol=0)
 
 
 def test_autocast_rounds_no_logits():
@@ -159,8 +139,9 @@ def writer(folder):
     return model, gpt, queries, eot
 
 
-def test_greedy_answers(writer):
-    """They are transformers' and those of a loop without a cache, each query alone; company and order change none."""
+def test_greedy_answers(writer, folder):
+    """They are transformers' and those of a loop without a cache, each query alone; company and order change none,
+    and dropout sleeps."""
     model, gpt, queries, eot = writer
 
     def slowly(query):
@@ -169,9 +150,10 @@ def test_greedy_answers(writer):
             ids.append(token)
         return ids[len(query):]
 
-    answers = gpt.generate(queries, max_new_tokens=24, eot=eot)
+    answers = GPT.from_pretrained(folder, dropout=0.5).train().generate(queries, max_new_tokens=24, eot=eot)
     assert answers == [greedy(model, query, 24, eot) for query in queries] == [slowly(query) for query in queries]
-    assert answers[::-2] == gpt.generate(queries[::-2], 24, eot) and answers[3:4] == gpt.generate(queries[3:4], 24, eot)
+    assert answers[::-2] == gpt.generate(queries[::-2], 24, eot)
+    assert answers[3:4] == gpt.generate(torch.tensor(queries[3:4]), 24, eot)        # a tensor is as good as a list
     lengths = [len(answer) for answer in answers]
     assert max(lengths) == 24 and min(lengths) < 12 and len(set(lengths)) > 3       # rows did end at different times
 
@@ -193,18 +175,8 @@ def test_the_whole_room_of_n_positions_can_be_used_and_no_more(writer):
     assert gpt.generate(queries[:3], 0) == [[], [], []]
     with pytest.raises(ValueError, match="85.*84"):
         gpt.generate(queries[:3], 25, eot=-1)
-
-
-@pytest.mark.parametrize("queries, complaint", [([[1, 2], []], "query 1 has no tokens"), ([[1] * 84], "n_positions")])
-def test_impossible_queries_are_refused(queries, complaint, writer):
-    with pytest.raises(ValueError, match=complaint):
-        writer[1].generate(queries, max_new_tokens=1)
-
-
-def test_queries_may_be_a_tensor(writer):
-    _, gpt, queries, eot = writer
-    rows = [queries[2] + queries[4], queries[0]]                    # three tokens each
-    assert gpt.generate(torch.tensor(rows), 24, eot) == gpt.generate(rows, 24, eot)
+    with pytest.raises(ValueError, match="query 1 has no tokens"):
+        gpt.generate([[1, 2], []], 1)
 
 
 def test_the_checkpoint_knows_its_own_eot(writer, monkeypatch):
@@ -216,34 +188,11 @@ def test_the_checkpoint_knows_its_own_eot(writer, monkeypatch):
         assert gpt.generate(queries, 24) == gpt.generate(queries, 24, eot=expected)
 
 
-def test_dropout_sleeps_while_text_is_generated(writer, folder):
-    _, gpt, queries, eot = writer
-    noisy = GPT.from_pretrained(folder, dropout=0.5).train()
-    assert noisy.generate(queries, 24, eot) == gpt.generate(queries, 24, eot)
-    assert all(module.training for module in noisy.modules())
-    noisy.eval().generate(queries[:1], 3)
-    assert not any(module.training for module in noisy.modules())
-
-
-def test_suppressed_tokens_are_never_generated(writer, monkeypatch):
-    _, gpt, queries, eot = writer
-    free = gpt.generate(queries, 24, eot)
-    banned = sorted({token for answer in free for token in answer[:3]} - {eot})
-    monkeypatch.setattr(gpt, "suppress_tokens", banned)
-    for options in ({}, {"temperature": 1.0}, {"temperature": 50.0, "top_p": 0.9}):
-        for query, answer in zip(queries, gpt.generate(queries, 24, eot, **options)):
-            assert not set(answer) & set(banned)
-            if not options and answer:          # the likeliest of the tokens that remain
-                logits = gpt(torch.tensor([query]))[0, -1]
-                assert answer[0] == max(set(range(40)) - set(banned), key=lambda token: logits[token].item())
-
-
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("temperature, top_p, shares", [
-    (1.0, 1.0, [0.1, 0.5, 0.15, 0.25]), (1.0, 0.7, [0, 2 / 3, 0, 1 / 3]), (1.0, 0.8, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
-    (1.0, 0.4, [0, 1.0, 0, 0]), (0.5, 0.8, [0, 0.8, 0, 0.2]),
-    (0.5, 1.0, [1 / 34.5, 25 / 34.5, 2.25 / 34.5, 6.25 / 34.5])])
+    (1.0, 1.0, [0.1, 0.5, 0.15, 0.25]), (1.0, 0.7, [0, 2 / 3, 0, 1 / 3]), (1.0, 0.4, [0, 1.0, 0, 0]),
+    (0.5, 0.8, [0, 0.8, 0, 0.2])])
 def test_draws_come_from_the_nucleus(temperature, top_p, shares):
     """The probabilities are 0.1, 0.5, 0.15 and 0.25; temperature 0.5 squares them."""
     torch.manual_seed(0)
@@ -259,8 +208,8 @@ def test_every_temperature_and_top_p_draws_a_word():
     logits = torch.cat((torch.randn(30, 50) * 3 - 80, torch.randn(1, 50) * 1e4, torch.randn(1, 50) * 1e-4))
     logits[:, ::7] = -math.inf
     likeliest = logits.argmax(dim=1)
-    for temperature in (0.0, 1e-300, 1e-100, 1e-45, 1e-38, 1e-12, 1e-7, 1e-6, 1e-3, 0.1, 0.7, 1.0, 10.0, 1e6):
-        for top_p in (0.0, 1e-300, 1e-45, 1e-20, 1e-9, 1e-3, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9, 1.0):
+    for temperature in (0.0, 1e-300, 1e-45, 1e-7, 1e-3, 0.7, 1.0, 1e6):
+        for top_p in (0.0, 1e-300, 1e-9, 0.1, 0.9, 1 - 1e-9, 1.0):
             tokens = sample_next_token(logits, temperature, top_p)
             assert logits.gather(1, tokens[:, None]).isfinite().all(), (temperature, top_p)
             if temperature < 1e-6 or temperature <= 1 and top_p < 1e-2:

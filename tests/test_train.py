@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -80,30 +79,15 @@ def test_the_command(tmp_path):
     assert_same_run(folder, finished("dynamic"))
 
 
-def test_the_readmes_first_commands_are_what_ci_runs():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first = re.search(r"^```bash\n(.*?)^```$", readme, flags=re.M | re.S)[1].splitlines()
-    extract = next(line for line in (ROOT / ".ci/run").read_text().splitlines() if "mapfile" in line)
-    code = extract + '\nprintf "%s\\n" "${commands[@]}"'
-    told = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert told.stdout.splitlines() == first[:2]
-    assert "python train.py --method dynamic" in first[0] and "pytest" in first[1]
-
-
 def test_what_the_files_hold():
     folder = finished("dynamic")
     results, log, best = results_of(folder), lines_of(folder / "log.jsonl"), checkpoint_of(folder)
-    config = json.loads((folder / "config.json").read_text())
-    assert config.keys() == {
-        "version", "method", "model", "data", "fraction", "turns", "pairs", "prompt_length", "controller_layers",
-        "epochs", "patience", "batch_size", "lr", "trials", "dropout", "seed", "dtype", "compile", "max_query",
-        "max_response", "train_embeddings", "weights", "dialogues"}
     assert [(line["epoch"], line["step"]) for line in log] == [(0, 0), (1, 5), (2, 10)]
     assert all(line.keys() == {"epoch", "step", "train_loss", "val_loss", "val_bleu4", "lr", "seconds", "eval_seconds",
                                "tokens_per_second"} for line in log)
     chosen = max(log[1:], key=lambda line: (line["val_bleu4"], -line["val_loss"]))      # epoch 0 is a baseline
     assert {k: v for k, v in results.items() if "test" not in k and "parameters" not in k} == {
-        "method": "dynamic", "model": str(MODEL), "data": str(DATA), "fraction": 1.0, "seed": 0, "lr": config["lr"],
+        "method": "dynamic", "model": str(MODEL), "data": str(DATA), "fraction": 1.0, "seed": 0, "lr": 1e-3,
         "epoch": chosen["epoch"], "val_bleu4": chosen["val_bleu4"]}
     trained = {name: tensor.numel() for name, tensor in best["trained"].items()}
     assert results["trainable_parameters"] == sum(trained.values())
@@ -115,24 +99,19 @@ def test_what_the_files_hold():
     queries = {data.query_key(query) for query, _ in data.make_pairs(splits["train"])}
     assert [(g["query"], g["reference"], g["seen"]) for g in generations] == [
         (query, reference, data.query_key(query) in queries) for query, reference in data.make_pairs(splits["test"])]
-    assert all(g.keys() == {"query", "reference", "response", "seen"} for g in generations)
     assert (results["test"]["n"], results["test_unseen"]["n"]) == (11, sum(not g["seen"] for g in generations))
     assert 0 < results["test_unseen"]["n"] < len(generations) == 11
 
 
 @every_method
 def test_every_method_trains_what_it_says_and_nothing_else(method):
-    """The loss falls; best.pt holds the trained tensors alone; what is frozen is what was loaded, bit for bit."""
+    """The loss falls, and best.pt holds the trained tensors alone."""
     before, *after = [line["val_loss"] for line in log_of(finished(method))]
     assert min(after) < before - 0.01
     file, trained = finished(method) / "best.pt", checkpoint_of(finished(method))["trained"]
     parts = {"gpt.wte" if name == "gpt.wte.weight" else name.split(".")[0] for name in trained}
     assert parts == TRAINS[method]
     assert file.stat().st_size < sum(t.numel() * 4 for t in trained.values()) + 1000 * (len(trained) + 3)
-    loaded, (some_run, examples) = GPT.from_pretrained(MODEL).state_dict(), prepared(method)
-    train_some(some_run, examples, 2, lr=1e-2)
-    for name, tensor in some_run.model.gpt.state_dict().items():
-        assert torch.equal(tensor, loaded[name]) == (f"gpt.{name}" not in trained), name
 
 
 @every_method
@@ -186,15 +165,6 @@ def test_the_learning_rate_rises_and_falls():
     for steps, expected in (1000, {0: 0.01, 49: 0.5, 99: 1, 550: 0.5, 999: 1 / 900}), (20, {0: 0.5, 1: 1, 19: 1 / 18}):
         assert {step: train.warm_up_and_decay(step, steps) for step in expected} == pytest.approx(expected)
     assert train.warm_up_and_decay(0, 1) == 1
-
-
-def test_one_text_file_is_data_enough(tmp_path, monkeypatch):
-    (tmp_path / "mine.txt").write_text("".join(f"Do you like {i}? __eou__ Yes, {i} is fine.\n" for i in range(20)))
-    monkeypatch.chdir(tmp_path)
-    out = ok(start("soft", "--data", "mine.txt", "--epochs", 0)).out
-    assert "16 train, 2 validation, 2 test pairs" in out and "split 80/10/10, shuffled by --seed 0" in out
-    monkeypatch.chdir("/")
-    assert "| test (2 pairs)" in ok(run(evaluate, tmp_path / "runs/mine-gpt-soft-1.0-s0")).out
 
 
 # ------------------------------------------------------------------------------------------- interrupted and resumed
@@ -271,23 +241,11 @@ def test_overwrite_spares_what_is_no_run(tmp_path):
     before = contents(folder)
     failed(start("soft", "--out", folder, "--overwrite"), 1, folder / "config.json")
     assert contents(folder) == before
-    (tmp_path / "mine/trial-data").mkdir(parents=True)
-    for flag in ("--resume", "--overwrite"):
-        ok(start("soft", "--epochs", 0, "--out", tmp_path / "mine", flag))
-        assert (tmp_path / "mine/trial-data").exists()
-
-
-def test_overwrite_leaves_nothing_of_the_run_before(tmp_path):
-    """Not even if it is itself cut short, between the files it takes away, and has to be asked for again."""
     folder = shutil.copytree(finished("finetune"), tmp_path / "run")
-    (folder / "trial-01").mkdir()
-    (folder / "trial-01/trial.json").write_text("{}")
-    with on_call(Path, "unlink", 2, interrupt):
-        assert start("soft", "--out", folder, "--overwrite").status == 130
-    failed(start("soft", "--out", folder), 1, folder, "already holds a run")
+    (folder / "trial-data").mkdir()
     ok(start("soft", "--out", folder, "--overwrite"))
-    assert contents(folder).keys() == contents(finished("soft")).keys()
-    assert_same_run(folder, finished("soft"))
+    assert (folder / "trial-data").exists()
+    assert_same_run(folder, finished("soft"))               # nothing is left of the run before
 
 
 # ---------------------------------------------------------------------------------------------------- several trials
@@ -313,28 +271,11 @@ def test_trials(tmp_path):
     trials = [json.loads((folder / f"trial-0{i}/trial.json").read_text()) for i in (1, 2, 3)]
     assert out.count("| failed |") == 1 and "step 2 " in trials[1]["failed"]
     assert [t.get("val_bleu4") for t in trials] == [0.2, None, 0.3]
+    assert len({t["lr"] for t in trials}) == 3 and all(3e-6 <= t["lr"] <= 9e-3 for t in trials)
     found, best = results_of(folder), checkpoint_of(folder / "trial-03")["trained"]
     assert (found["lr"], found["val_bleu4"], found["epoch"]) == (trials[2]["lr"], 0.3, 1)
     assert all(torch.equal(t, best[name]) for name, t in checkpoint_of(folder)["trained"].items())
     assert [len(log_of(folder / f"trial-0{i}")) for i in (1, 2, 3)] == [2, 1, 2]
-
-
-def test_learning_rates_of_trials(tmp_path):
-    """Log-uniform in [3e-6, 9e-3] and seeded; and if all of them fail, that is said."""
-    def rates(n, seed, folder):
-        fakes = {"fit": mock.Mock(side_effect=train.Diverged("the loss became nan")), "Run": mock.MagicMock(),
-                 "load_splits": mock.MagicMock()}
-        fakes["Run"].return_value.weights = fakes["load_splits"].return_value.fingerprint = ""
-        with mock.patch.multiple(train, **fakes):
-            ended = start("soft", "--trials", n, "--seed", seed, "--out", tmp_path / folder)
-        failed(ended, 1, f"all {n} trials failed")
-        return [json.loads(file.read_text())["lr"] for file in sorted((tmp_path / folder).glob("trial-*/trial.json"))]
-
-    drawn = rates(60, 0, "a")
-    assert len(drawn) == 60 and all(3e-6 <= lr <= 9e-3 for lr in drawn)
-    thirds = [sum(3e-6 * 3000 ** (i / 3) <= lr <= 3e-6 * 3000 ** ((i + 1) / 3) for lr in drawn) for i in range(3)]
-    assert min(thirds) >= 10                        # of 20 expected
-    assert rates(5, 0, "b") == drawn[:5] and not set(rates(5, 1, "c")) & set(drawn)
 
 
 # ------------------------------------------------------------------------------------------------- what can go wrong
@@ -349,46 +290,11 @@ def test_a_nan_loss_stops_the_run(tmp_path, trouble, step):
     assert len(log_of(folder)) == 2 and not (folder / "results.json").exists()
 
 
-def test_a_checkpoint_with_nan_is_found_before_training(tmp_path):
-    gpt, folder = GPT.from_pretrained(MODEL), shutil.copytree(MODEL, tmp_path / "gpt")
-    with torch.no_grad():
-        gpt.h[1].ln_2.weight[3] = math.nan
-    gpt.save_pretrained(folder)
-    failed(start("soft", "--model", folder, "--out", tmp_path / "run"), 1, folder, "h.1.ln_2.weight", "NaN")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_full_disk(tmp_path):
-    """One sentence, and the last good checkpoint is there to resume from."""
-    resource, folder = pytest.importorskip("resource"), tmp_path / "run"
-    with on_call(Run, "respond", 3, interrupt):
-        start("soft", "--out", folder)
-    before, (soft, hard) = contents(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))       # no file may grow beyond that
-    try:
-        failed(start("soft", "--out", folder, "--resume"), 1, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert contents(folder) == before
-    ok(start("soft", "--out", folder, "--resume"))
-    assert_same_run(folder, finished("soft"))
-
-
-@pytest.mark.parametrize("place", ["file", "file/run"])
-def test_a_folder_that_cannot_be_written(tmp_path, place):
-    (tmp_path / "file").write_text("mine")
-    failed(start("soft", "--out", tmp_path / place), 1, tmp_path / "file")
-    assert contents(tmp_path) == {Path("file"): b"mine"}
-
-
 @pytest.mark.parametrize("flags, word", [
-    ("soft --epochs -1", "--epochs"), ("soft --epochs 1.5", "--epochs"), ("soft --fraction 0", "--fraction"),
-    ("soft --fraction nan", "--fraction"), ("soft --lr inf", "--lr"), ("soft --batch-size 0", "--batch-size"),
-    ("soft --seed -1", "--seed"), ("soft --turns zwei", "--turns"), ("soft --dropout 1", "--dropout"),
-    ("soft --pairs all", "--pairs"), ("soft --trials 2 --lr 1", "--trials"), ("soft --resume --overwrite", "--over"),
-    ("dynamic --prompt-length 5", "--prompt-length"), ("soft --colour red", "--colour"), ("hard", "hard"),
-    ("soft --max-query 999999999999999999999", "--max-query"), ("soft --device cuda:99", "cuda:99"),
-    ("finetune --max-query 89", "are 129,"), ("soft --max-query 45", "are 130,"), ("soft --turns 0", "--turns"),
+    ("soft --epochs -1", "--epochs"), ("soft --fraction nan", "--fraction"), ("soft --turns zwei", "--turns"),
+    ("soft --trials 2 --lr 1", "--trials"), ("soft --resume --overwrite", "--over"), ("hard", "hard"),
+    ("dynamic --prompt-length 5", "--prompt-length"), ("soft --device cuda:99", "cuda:99"),
+    ("finetune --max-query 89", "are 129,"), ("soft --max-query 45", "are 130,"),
     ("prefix --max-query 20 --max-response 99", "are 129,"), ("dialogprompt --prompt-length 73", "are 129,")])
 def test_usage_errors(tmp_path, flags, word):
     """Among them: prompt, query and response could need more than the 128 positions there are. Nothing is written."""
@@ -397,12 +303,14 @@ def test_usage_errors(tmp_path, flags, word):
 
 
 @pytest.mark.parametrize("file, content, word", [
-    ("data/test.txt", None, "test.txt"), ("data/validation.txt", b"Hello? Anybody?\n", "validation.txt"),
-    ("data/train.txt", b"Hi. __eou__ Hi!\nCaf\xe9. __eou__ Yes.\n", "line 2"), ("data", "nowhere", "nowhere"),
-    ("gpt/config.json", b"{}", "vocab_size"), ("gpt/model.safetensors", b"\0" * 100, "model.safetensors"),
-    ("gpt/vocab.json", None, "tokenizer.json"), ("gpt/merges.txt", None, "merges.txt"), ("gpt", "gpt5", "gpt5"),
-    ("gpt/config.json", b'{"vocab_size": 513, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}', "513")],
-    ids=range(10))
+    ("data", "nowhere", "nowhere"), ("data/test.txt", None, "test.txt"),
+    ("data/validation.txt", b"Hello? Anybody?\n", "validation.txt has no __eou__"),
+    ("data/validation.txt", b"Hello? __eou__\n", "validation.txt holds no (query, response) pair"),
+    ("data/validation.txt", b"__eou__ Hello? __eou__ Hi!\n", "no pair is left in validation"),     # nobody answers
+    ("data/train.txt", b"Hi. __eou__ Hi!\nCaf\xe9. __eou__ Yes.\n", "train.txt, line 2: byte 4 is not UTF-8"),
+    ("gpt", "gpt5", "gpt5"), ("gpt/config.json", b"{}", "vocab_size"),
+    ("gpt/model.safetensors", b"\0" * 100, "model.safetensors"), ("gpt/vocab.json", None, "tokenizer.json"),
+    ("gpt/vocab.json", b"[" * 100_000, "vocab.json is not JSON"), ("gpt/merges.txt", None, "merges.txt")])
 def test_bad_data_and_checkpoints(tmp_path, file, content, word):
     folder = shutil.copytree(MODEL.parent, tmp_path / "bad")
     names = {"gpt": folder / "gpt", "data": folder / "data"}
@@ -419,39 +327,19 @@ class Code:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-@pytest.mark.parametrize("content", ["code", "half", "empty"])
+@pytest.mark.parametrize("name, content", [("last.pt", "code"), ("last.pt", "half"), ("best.pt", "code")])
 def test_broken_checkpoints_of_a_run(tmp_path, monkeypatch, name, content):
     """They are refused in a sentence that names them, and no code in them runs."""
     folder = shutil.copytree(finished("soft"), tmp_path / "run")
     (folder / "results.json").unlink()
-    contents = {"code": pickle.dumps(Code(), protocol=2), "half": (folder / name).read_bytes()[:-1000], "empty": b""}
+    contents = {"code": pickle.dumps(Code(), protocol=2), "half": (folder / name).read_bytes()[:-1000]}
     (folder / name).write_bytes(contents[content])
     monkeypatch.chdir(tmp_path)
     failed(start("soft", "--out", folder, "--resume"), 1, folder / name)
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_log_file_without_unicode(tmp_path):
-    """Windows' log files cannot show every character: that must not end a run."""
-    folder = shutil.copytree(DATA, tmp_path / "data")
-    (folder / "test.txt").write_text("Olé! 😀 __eou__ مرحبا\n" * 2, encoding="utf-8")
-    ok(start("soft", "--data", folder, "--epochs", 0, "--out", tmp_path / "run", encoding="ascii"))
-
-
 # -------------------------------------------------------------- 16 bits, torch.compile, several processes, and a GPU
-
-@every_method
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bits(method, dtype):
-    """On any CPU, the loss falls, from where it is in float32."""
-    (some_run, examples), (like, _) = prepared(method, dtype=dtype), prepared(method)
-    like.model.load_trained(some_run.model.trained())
-    (loss,), (expected,) = (run.mean_losses(examples[:8], [range(8)]) for run in (some_run, like))
-    assert loss == pytest.approx(expected, rel=0.02)
-    assert all(map(math.isfinite, train_some(some_run, examples[:8] * 3, 3))) and some_run.respond(examples[:1])
-    assert some_run.mean_losses(examples[:8], [range(8)])[0] < loss
-
 
 def test_16_bits_resume(tmp_path):
     """The scaler's state, too, is where it was."""
@@ -462,12 +350,6 @@ def test_16_bits_resume(tmp_path):
     ok(start("dynamic", *flags, tmp_path / "run", "--resume"))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert checkpoint_of(tmp_path / "run", "last.pt")["scaler"]
-
-
-def test_compile_is_refused_without_a_compiler(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    failed(start("soft", "--compile", "--out", tmp_path / "run"), 2, "--compile", "compiler")
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler to be accepted")
@@ -494,12 +376,10 @@ def test_compile(tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("processes, batch_size", [(2, 3), (4, 4)])
-def test_torchrun(tmp_path, processes, batch_size):
-    """Of a batch of 3, one process has 2 rows and the other 1 or, at the end, none; of a batch of 4, four have 1 each.
-    torchrun's own agent starts them, as forks, which need not import anything."""
-    flags = "--batch-size", batch_size, "--dropout", 0, "--epochs", 1
-    agent = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="test", rdzv_backend="c10d",
+def test_torchrun(tmp_path):
+    """Of a batch of 3, one process has 2 rows and the other 1 or, at the end, none."""
+    flags = "--batch-size", 3, "--dropout", 0, "--epochs", 1
+    agent = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", rdzv_backend="c10d",
                          rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.05, start_method="fork")
     ended = elastic_launch(agent, start)("dynamic", *flags, "--out", tmp_path / "run")
     assert "tested: epoch 1" in ok(ended[0]).out and {ok(other).out for rank, other in ended.items() if rank} == {""}
@@ -520,8 +400,7 @@ def fake_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("method, dtype", [
-    ("soft", torch.float32), ("dynamic", torch.bfloat16), ("dynamic", torch.float16), ("prefix", torch.bfloat16),
-    ("dialogprompt", torch.float32)], ids=str)
+    ("soft", torch.float32), ("dynamic", torch.float16), ("prefix", torch.bfloat16)], ids=str)
 def test_nothing_waits_for_the_gpu(fake_cuda, method, dtype):
     """In an epoch of training, the reading of its losses at the end alone; in answering, one reading a token."""
     some_run, examples = prepared(method, "cuda", dtype)
