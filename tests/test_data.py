@@ -263,12 +263,10 @@ def test_dailydialog_has_its_published_counts():
 # ------------------------------------------------------------------------------------------------- MultiWOZ
 
 def said(*turns):
-    """("U", text) and ("S", text) in MultiWOZ 2.2's schema, with the frames of the official files."""
-    frame = {"actions": [], "service": "hotel", "slots": [], "state": {"slot_values": {"hotel-area": ["east"]}}}
+    """("U", text) and ("S", text) in MultiWOZ 2.2's schema."""
     speakers = {"U": "USER", "S": "SYSTEM"}
-    return {"dialogue_id": "D1.json", "services": ["hotel"],
-            "turns": [{"frames": [frame], "speaker": speakers.get(who, who), "turn_id": str(i), "utterance": text}
-                      for i, (who, text) in enumerate(turns)]}
+    turns = [{"speaker": speakers.get(who, who), "utterance": text} for who, text in turns]
+    return {"dialogue_id": "D1.json", "turns": turns}
 
 
 GOOD = said(("U", "a"), ("S", "b"))

@@ -5,7 +5,6 @@ import io
 import json
 import random
 import re
-import socket
 import threading
 import time
 import zipfile
@@ -148,13 +147,6 @@ def test_a_server_that_never_answers_is_given_up(server, fetch, cache, monkeypat
     assert not isinstance(error.value, FileNotFoundError) and not (cache / "file").exists()
 
 
-@pytest.mark.parametrize("status", [401, 404])
-def test_a_missing_file_is_said_at_once(server, fetch, status):
-    with pytest.raises(FileNotFoundError, match=f"{server.url}/file.*{status}.*name"):
-        fetch(Reply(b"no", status))
-    assert len(server.seen) == 1
-
-
 @pytest.mark.parametrize("announced, known", [("0" * 64, None), (None, "0" * 64), (SHA256, "0" * 64)],
                          ids=["announced", "known", "known against announced"])
 def test_a_wrong_checksum_is_said_and_the_file_deleted(server, fetch, cache, announced, known):
@@ -233,23 +225,9 @@ def test_an_unknown_model_is_refused_without_asking_anyone(server, name):
     with pytest.raises(ValueError, match="tiny-gpt2.*dialogpt-large.*owner/name"):
         checkpoint_folder(name)
     assert server.seen == []
-    with pytest.raises(FileNotFoundError, match="no-one/no-gpt.*name"):         # the Hub alone knows this one is none
+    with pytest.raises(FileNotFoundError, match="no-one/no-gpt.*404.*name"):    # the Hub alone knows this one is none
         checkpoint_folder("no-one/no-gpt")
-
-
-@pytest.mark.parametrize("use, name, file", [(checkpoint_folder, "gpt2", "models/gpt2/config.json"),
-                                             (read_dialogues, "dailydialog", "dailydialog/train.zip"),
-                                             (read_dialogues, "multiwoz", "multiwoz/train/dialogues_001.json")])
-def test_without_a_network_the_error_says_which_file_to_put_where(cache, monkeypatch, use, name, file):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", nowhere)
-    monkeypatch.setattr(data, "MULTIWOZ", nowhere)
-    with pytest.raises(OSError, match=f"{nowhere}/.*{re.escape(str(cache / file))}"):
-        use(name)
-    (cache / file).write_bytes(b"by hand")
-    assert download("http://unused", cache / file).read_bytes() == b"by hand"
+    assert len(server.seen) == 1
 
 
 def zipped(split):
@@ -279,14 +257,3 @@ def test_dailydialog_is_read_from_its_zips_and_nothing_is_unpacked(server, cache
     broken.write_bytes(broken.read_bytes()[:-9])
     with pytest.raises(ValueError, match=re.escape(str(broken))):
         read_dialogues("dailydialog")
-
-
-def test_multiwoz_is_fetched_file_by_file(server, monkeypatch):
-    monkeypatch.setattr(data, "MULTIWOZ", server.url)
-    numbers = {"train": range(1, 18), "dev": (1, 2), "test": (1, 2)}
-    names = [f"/{split}/dialogues_{i:03}.json" for split in numbers for i in numbers[split]]
-    for name in names:
-        turns = [{"speaker": "USER", "utterance": name}, {"speaker": "SYSTEM", "utterance": "yes"}]
-        server.pages[name] = [Reply(json.dumps([{"dialogue_id": "D1.json", "turns": turns}]).encode())]
-    splits = read_dialogues("multiwoz")
-    assert paths(server) == names == [query for split in splits.values() for query, _ in split]

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-import torch.nn.functional as F
 from nltk.translate import bleu_score, nist_score
 from pytest import approx
 from rouge_score.rouge_scorer import RougeScorer
@@ -200,20 +199,6 @@ def test_a_run_answers_from_any_directory(tmp_path, monkeypatch):
 def test_a_run_reads_as_many_turns_as_it_was_trained_on():
     loaded = load_run(finished("soft", "--turns", 2, "--epochs", 0))
     assert loaded.reply(["x", "Hello.", "Who?"]) == loaded.reply(["Hello.", "Who?"]) != loaded.reply(["Who?"])
-
-
-def test_losses_are_means_over_response_tokens_in_whatever_batches():
-    loaded, gpt = load_run(finished("finetune")), load_run(finished("finetune")).model.gpt
-    examples = [([5, 63], [7, 8, 9, 63]), ([11, 12, 13, 14], [15, 63]), ([16, 17, 63], [18, 19, 63]), ([24, 63], [63])]
-    logits = [gpt(torch.tensor([query + response]))[0, len(query) - 1:-1] for query, response in examples]
-    rows = [F.cross_entropy(row, torch.tensor(r), reduction="none") for row, (_, r) in zip(logits, examples)]
-    expected = [torch.cat(rows).mean().item(), torch.cat([rows[3], rows[1]]).mean().item()]
-    for size in (1, 3, 32):
-        *found, nothing = loaded.mean_losses(examples, [range(4), [3, 1], []], size)
-        assert found == approx(expected, rel=1e-5) and nothing is None
-    alone = [loaded.tokenizer.decode(*gpt.generate([query], 40, 511)).strip() for query, _ in examples]
-    assert len(set(alone)) == len(alone) and loaded.respond(examples, batch_size=3) == alone
-    assert loaded.mean_losses([], [[]]) == [None] and loaded.respond([]) == []
 
 
 def test_a_row_without_a_word_is_never_generated(tmp_path):

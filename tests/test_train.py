@@ -94,11 +94,7 @@ def test_what_the_files_hold():
     assert results["total_parameters"] == sum(p.numel() for p in GPT.from_pretrained(MODEL).parameters()) + sum(
         n for name, n in trained.items() if name.startswith("encoder."))
     assert len(results) == 12 and results["test"].keys() == results["test_unseen"].keys() == {"n", *METRICS}
-
-    splits, generations = data.read_dialogues(DATA), lines_of(folder / "generations.jsonl")
-    queries = {data.query_key(query) for query, _ in data.make_pairs(splits["train"])}
-    assert [(g["query"], g["reference"], g["seen"]) for g in generations] == [
-        (query, reference, data.query_key(query) in queries) for query, reference in data.make_pairs(splits["test"])]
+    generations = lines_of(folder / "generations.jsonl")
     assert (results["test"]["n"], results["test_unseen"]["n"]) == (11, sum(not g["seen"] for g in generations))
     assert 0 < results["test_unseen"]["n"] < len(generations) == 11
 
@@ -309,7 +305,8 @@ def test_usage_errors(tmp_path, flags, word):
     ("data/validation.txt", b"__eou__ Hello? __eou__ Hi!\n", "no pair is left in validation"),     # nobody answers
     ("data/train.txt", b"Hi. __eou__ Hi!\nCaf\xe9. __eou__ Yes.\n", "train.txt, line 2: byte 4 is not UTF-8"),
     ("gpt", "gpt5", "gpt5"), ("gpt/config.json", b"{}", "vocab_size"),
-    ("gpt/model.safetensors", b"\0" * 100, "model.safetensors"), ("gpt/vocab.json", None, "tokenizer.json"),
+    ("gpt/model.safetensors", b"\0" * 100, "model.safetensors"), ("gpt/model.safetensors", None, "has no weights"),
+    ("gpt/config.json", None, "config.json"), ("gpt/vocab.json", None, "tokenizer.json"),
     ("gpt/vocab.json", b"[" * 100_000, "vocab.json is not JSON"), ("gpt/merges.txt", None, "merges.txt")])
 def test_bad_data_and_checkpoints(tmp_path, file, content, word):
     folder = shutil.copytree(MODEL.parent, tmp_path / "bad")
