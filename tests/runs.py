@@ -57,9 +57,9 @@ def finished(method, *flags):
     return folder
 
 
-def run(program, *arguments, stdin=b"", encoding="utf-8"):
+def run(program, *arguments, stdin=b""):
     """Run train or evaluate with these arguments, in this process -> status, out, err. Bugs raise."""
-    files = [io.TextIOWrapper(io.BytesIO(text), encoding=encoding, write_through=True) for text in (stdin, b"", b"")]
+    files = [io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", write_through=True) for text in (stdin, b"", b"")]
     argv = [program.__file__, *map(str, arguments)]
     with mock.patch.multiple(sys, argv=argv, stdin=files[0], stdout=files[1], stderr=files[2]):
         try:
@@ -67,8 +67,8 @@ def run(program, *arguments, stdin=b"", encoding="utf-8"):
             status = 0
         except SystemExit as end:
             status = end.code or 0
-    return SimpleNamespace(status=status, out=files[1].buffer.getvalue().decode(encoding),
-                           err=files[2].buffer.getvalue().decode(encoding))
+    out, err = (file.buffer.getvalue().decode("utf-8") for file in files[1:])
+    return SimpleNamespace(status=status, out=out, err=err)
 
 
 def ok(ended):

@@ -139,7 +139,7 @@ def test_a_partial_file_is_completed_or_begun_again(fetch, part, replies):
 
 @pytest.mark.parametrize("reply", [Reply(only=0), Reply(b"busy", 503), Reply(stall=True), Reply(b"", 418)],
                          ids=["cut at once", "busy", "no answer", "teapot"])
-def test_a_server_that_never_answers_is_given_up(server, fetch, cache, monkeypatch, reply):
+def test_a_server_that_is_no_help_is_given_up(server, fetch, cache, monkeypatch, reply):
     """With the way to do it by hand."""
     monkeypatch.setattr(data, "TIMEOUT", 0.1)
     with pytest.raises(OSError, match=f"cannot download {server.url}/file.*{re.escape(str(cache / 'file'))}") as error:

@@ -36,9 +36,9 @@ every_method = pytest.mark.parametrize("method", TRAINS)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start(method, *flags, **options):
+def start(method, *flags):
     """Run train.py with the small model."""
-    return run(train, "--method", method, *SMALL, *flags, **options)
+    return run(train, "--method", method, *SMALL, *flags)
 
 
 def results_of(folder):
@@ -47,21 +47,6 @@ def results_of(folder):
 
 def checkpoint_of(folder, name="best.pt"):
     return torch.load(folder / name, weights_only=True)
-
-
-def prepared(method, device="cpu", dtype=torch.float32):
-    """-> a run before training, and its training examples."""
-    config = json.loads((finished("soft") / "config.json").read_text()) | {"method": method}
-    prepared = Run({k: v for k, v in config.items() if k not in ("weights", "dialogues")}, torch.device(device), dtype)
-    return prepared, data.load_splits(prepared.config, prepared.tokenizer).examples["train"]
-
-
-def train_some(run, examples, steps, lr=1e-3, size=8):
-    """-> losses."""
-    scaler = torch.amp.GradScaler(run.model.device.type, enabled=run.model.dtype == torch.float16)
-    batches = data.group_by_length(examples, size, run.row_length, seed=0)[:steps]
-    optimizer = torch.optim.AdamW(run.model.trained().values(), fused=True)
-    return train.train_epoch(run.model, examples, batches, [lr] * steps, optimizer, scaler, lambda step, loss: None)
 
 
 # ------------------------------------------------------------------------------------------------------- a whole run
@@ -346,7 +331,8 @@ def test_16_bits_resume(tmp_path):
         start("dynamic", *flags, tmp_path / "run")
     ok(start("dynamic", *flags, tmp_path / "run", "--resume"))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert checkpoint_of(tmp_path / "run", "last.pt")["scaler"]
+    resumed, whole = (checkpoint_of(tmp_path / name, "last.pt")["scaler"] for name in ("run", "whole"))
+    assert resumed == whole != {}                       # it counts the steps since the last overflow
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler to be accepted")
@@ -386,6 +372,21 @@ def test_torchrun(tmp_path):
         assert several[key] == pytest.approx(one[key], rel=1e-4)
 
 
+def prepared(method, device, dtype):
+    """-> a run before training, and its training examples."""
+    config = json.loads((finished("soft") / "config.json").read_text()) | {"method": method}
+    prepared = Run({k: v for k, v in config.items() if k not in ("weights", "dialogues")}, torch.device(device), dtype)
+    return prepared, data.load_splits(prepared.config, prepared.tokenizer).examples["train"]
+
+
+def train_three_steps(run, examples):
+    """-> losses."""
+    scaler = torch.amp.GradScaler(run.model.device.type, enabled=run.model.dtype == torch.float16)
+    batches = data.group_by_length(examples, 4, run.row_length, seed=0)[:3]
+    optimizer = torch.optim.AdamW(run.model.trained().values(), fused=True)
+    return train.train_epoch(run.model, examples, batches, [1e-3] * 3, optimizer, scaler, lambda step, loss: None)
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
     if not (SHARED / "tools/fake_cuda.py").exists():
@@ -402,7 +403,7 @@ def test_nothing_waits_for_the_gpu(fake_cuda, method, dtype):
     """In an epoch of training, the reading of its losses at the end alone; in answering, one reading a token."""
     some_run, examples = prepared(method, "cuda", dtype)
     with fake_cuda.section("epoch"):
-        losses = train_some(some_run, examples, 3, size=4)
+        losses = train_three_steps(some_run, examples)
     with fake_cuda.section("answers"):
         answers = some_run.model.generate([query for query, _ in examples[:4]], max_new_tokens=6, eot=-1)
     assert len(losses) == 3 and all(map(math.isfinite, losses)) and [len(answer) for answer in answers] == [6] * 4
