@@ -1,5 +1,6 @@
 """Checkpoint folders: every published layout loads with transformers' logits; broken and hostile files are refused."""
 import json
+import tracemalloc
 from contextlib import contextmanager
 
 import pytest
@@ -23,10 +24,21 @@ def edit_config(folder, **changes):
 
 @contextmanager
 def refused(path, match=None):
-    """What happens inside must be refused in one short sentence that names the file."""
-    with pytest.raises(ValueError, match=match) as caught:
-        yield caught
+    """What happens inside must be refused in one short sentence that names the file, using little memory."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=match) as caught:
+            yield caught
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
     assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """The first time, this makes torch import 70 MB of itself, which `refused` should not count."""
+    torch.empty(1, device="meta").normal_()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer
 
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from data import (TINY, encode_pairs, group_by_length, load_splits, load_tokenizer, make_pairs, parse_text, query_key,
                   read_dialogues, take_fraction)
 
@@ -181,6 +183,21 @@ def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path, change, 
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for word, i in vocab.items() if i is not ...}))
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*{words}"):
         load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_changed_on_disk_is_read_anew(tmp_path):
+    assert len(load_tokenizer(write_vocabulary(tmp_path)).encode_ordinary("hehe")) == 2
+    assert len(load_tokenizer(write_vocabulary(tmp_path, merges=["h e", "he he"])).encode_ordinary("hehe")) == 1
+
+
+def test_data_is_read_without_requests():
+    code = """if True:
+        import sys
+        sys.modules["requests"] = None
+        import data
+        data.load_tokenizer(data.checkpoint_folder("tiny-gpt2"))
+        print(len(data.read_dialogues("sample")["train"]))"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "800\n"
 
 
 # ------------------------------------------------------------------------------------------------- the text format

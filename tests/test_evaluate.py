@@ -6,6 +6,8 @@ import math
 import random
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 from xml.etree import ElementTree
@@ -23,7 +25,7 @@ import prompt_encoder
 import train
 from conftest import ROOT, SHARED
 from evaluate import (METRICS, Lookup, all_metrics, choose_device, corpus_bleu, corpus_nist, distinct, diversity,
-                      load_run, lookup_results, novelty, plot, rouge_l, table)
+                      load_run, lookup_results, novelty, plot, report, rouge_l, table)
 from model import GPT
 from runs import MODEL, SMALL, contents, failed, finished, lines_of, ok, run
 
@@ -114,6 +116,17 @@ def test_all_metrics_worked_out_by_hand():
     assert all_metrics([], [], ["a"], None) == {"n": 0} | dict.fromkeys(METRICS)
 
 
+def test_metrics_need_the_standard_library_alone():
+    """What stands between the first two rulers runs in a Python without any package."""
+    head, metrics, *_ = re.split(r"^# -{20,}.*\n", (ROOT / "evaluate.py").read_text(encoding="utf-8"), flags=re.M)
+    lines = re.finditer(r"^(?:import|from) (\w+).*", head, flags=re.M)
+    imports = [line[0] for line in lines if line[1] in sys.stdlib_module_names]
+    call = "all_metrics(['I see a black cat.', 'No.'], ['I see a black dog.', 'No.'], ['No.'], 1.5)"
+    code = "\n".join([*imports, metrics, f"print(json.dumps({call}))"])
+    bare = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert bare.stderr == "" and json.loads(bare.stdout) == eval(call)
+
+
 # ------------------------------------------------------------------------------------------------------- the dictionary
 
 def test_lookup_answers_with_the_most_frequent_response_and_among_equals_the_earliest():
@@ -175,6 +188,13 @@ def test_the_device_and_its_type_are_chosen_and_the_reason_is_given(pretend, dev
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert choose_device(device, "float32")[1:] == (torch.float32, "--dtype float32")
         assert not torch.backends.cudnn.allow_tf32                  # it would round p-tuning's LSTM in float32
+
+
+def test_on_a_cpu_16_bits_are_chosen_only_where_they_are_fast(monkeypatch):
+    for amx, dtype in (True, torch.bfloat16), (False, torch.float32):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        assert choose_device("cpu")[1] == dtype
+        assert choose_device("cpu", "float16")[1] == torch.float16
 
 
 # ------------------------------------------------------------------------------------------------------- a trained run
@@ -355,6 +375,15 @@ def test_table_ends_with_the_lookup_row_and_shows_dashes_where_nothing_was_score
     _, lookup, *unseen = rows_of(table(tmp_path))
     assert (lookup["Method"], lookup["BLEU4"], lookup["Novelty"], lookup["PPL"]) == ("lookup", "1.000", "0.000", "-")
     assert [set(list(row.values())[2:]) for row in unseen] == [{"-"}, {"-"}]
+
+
+def test_a_new_metric_is_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(METRICS, "shouts", ("Shouts", 2, lambda outputs, *others: len(outputs) + 0.25))
+    loaded = load_run(finished("soft"))
+    results, _ = loaded.test(data.load_splits(loaded.config, loaded.tokenizer), loaded.best)
+    assert results["test"]["shouts"] == 11.25 and rows_of(report(results))[0]["Shouts"] == "11.25"
+    write_run(tmp_path / "run", test={"shouts": 7.25})
+    assert [row["Shouts"] for row in rows_of(table(tmp_path))] == ["7.25", "0.50"]
 
 
 def test_plot_has_a_line_for_each_method_and_model_over_the_fraction(tmp_path):

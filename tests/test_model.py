@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig, sample_next_token
+from model import Attention, GPT, GPTConfig, sample_next_token
 
 
 def random_gpt2(seed=0, **given):
@@ -90,6 +90,14 @@ def test_a_row_in_pieces_equals_one_pass(tmp_path):
         cache = model(ids[:, :5]).past_key_values
         rest, _ = gpt.hidden_states(gpt.wte(ids[:, 5:]), [(layer.keys, layer.values) for layer in cache.layers])
         torch.testing.assert_close(gpt.logits(rest), model(ids).logits[:, 5:], atol=1e-4, rtol=0)
+
+
+def test_attention_alone_reads_its_past():
+    """Without a mask, too: the rest of a row behind the keys and values of its beginning."""
+    torch.manual_seed(0)
+    attention, x = Attention(GPTConfig(n_embd=12, n_head=3)), torch.randn(2, 7, 12)
+    (whole, _), (_, past) = attention(x), attention(x[:, :4])
+    torch.testing.assert_close(attention(x[:, 4:], past)[0], whole[:, 4:], atol=1e-5, rtol=0)
 
 
 def test_autocast_rounds_no_logits():
@@ -185,6 +193,15 @@ def test_the_checkpoint_knows_its_own_eot(writer, monkeypatch):
     for given, expected in ((eot, eot), (0, 0), (None, 39)):
         monkeypatch.setattr(gpt.config, "eos_token_id", given)
         assert gpt.generate(queries, 24) == gpt.generate(queries, 24, eot=expected)
+
+
+def test_dropout_sleeps_while_text_is_generated(writer, folder):
+    _, gpt, queries, eot = writer
+    noisy = GPT.from_pretrained(folder, dropout=0.5).train()
+    assert noisy.generate(queries, 24, eot) == gpt.generate(queries, 24, eot)
+    assert all(module.training for module in noisy.modules())
+    noisy.eval().generate(queries[:1], 3)
+    assert not any(module.training for module in noisy.modules())
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

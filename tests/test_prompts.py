@@ -135,6 +135,15 @@ def test_impossible_queries_are_refused(folder, method):
     assert all(module.training for module in model.modules())
 
 
+def test_a_method_that_writes_another_length_than_it_says_is_refused(folder, monkeypatch):
+    """It would train on rows whose prompt stands where the query should be."""
+    monkeypatch.setattr(DynamicPrompt, "length", lambda self, m: 0)
+    with pytest.raises(ValueError, match="DynamicPrompt wrote 5 prompt embeddings, but its `length` promised 0"):
+        prompted(folder, "dynamic")(EXAMPLES)
+    with pytest.raises(ValueError, match="unknown method 'Dynamic', expected one of finetune, "):
+        prompted(folder, "Dynamic")
+
+
 # --------------------------------------------------------------------------------------- the same numbers in libraries
 
 @every_method

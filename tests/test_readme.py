@@ -27,22 +27,22 @@ def test_the_idea_in_code_is_the_code():
 
 
 def test_the_worked_example_prints_what_the_readme_says():
-    (index,) = [i for i, (language, code) in enumerate(BLOCKS) if language == "python" and "dialogues = [[" in code]
+    (index,) = [i for i, (language, code) in enumerate(BLOCKS) if language == "python" and "pairs = make_pairs(" in code]
     assert run(BLOCKS[index][1]) == BLOCKS[index + 1][1]
 
 
 def test_a_training_loop_of_your_own():
-    (code,) = python_blocks("for step in range(20)")
+    (code,) = python_blocks("model.trained().values()")
     assert run(code) == "[[32, 1126, 13]]\n"
 
 
 def test_the_controller_beside_transformers():
     (code,) = python_blocks("inputs_embeds")
-    assert run(code + "print(tuple(logits.shape))")[-14:] == "(1, 10, 4096)\n"
+    assert run(code) == "tensor([[  32, 1126,   13, 4095]])\n"
 
 
 def test_line_counts():
     rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, flags=re.MULTILINE)
     assert len(rows) == 5
     for name, lines in rows:
-        assert abs(int(lines) - len((ROOT / name).read_text(encoding="utf-8").splitlines())) <= 15, name
+        assert abs(int(lines) - len((ROOT / name).read_text(encoding="utf-8").splitlines())) <= 50, name

@@ -148,6 +148,15 @@ def test_the_learning_rate_rises_and_falls():
     assert train.warm_up_and_decay(0, 1) == 1
 
 
+def test_one_text_file_is_data_enough(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("".join(f"Do you like {i}? __eou__ Yes, {i} is fine.\n" for i in range(20)))
+    monkeypatch.chdir(tmp_path)
+    out = ok(start("soft", "--data", "mine.txt", "--epochs", 0)).out
+    assert "16 train, 2 validation, 2 test pairs" in out and "split 80/10/10, shuffled by --seed 0" in out
+    monkeypatch.chdir("/")
+    assert "| test (2 pairs)" in ok(run(evaluate, tmp_path / "runs/mine-gpt-soft-1.0-s0")).out
+
+
 # ------------------------------------------------------------------------------------------- interrupted and resumed
 
 @pytest.mark.parametrize("method, owner, name, number, after", [
@@ -271,6 +280,29 @@ def test_a_nan_loss_stops_the_run(tmp_path, trouble, step):
     assert len(log_of(folder)) == 2 and not (folder / "results.json").exists()
 
 
+def test_a_full_disk(tmp_path):
+    """One sentence, and the last good checkpoint is there to resume from."""
+    resource, folder = pytest.importorskip("resource"), tmp_path / "run"
+    with on_call(Run, "respond", 3, interrupt):
+        start("soft", "--out", folder)
+    before, (soft, hard) = contents(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))       # no file may grow beyond that
+    try:
+        failed(start("soft", "--out", folder, "--resume"), 1, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(folder) == before
+    ok(start("soft", "--out", folder, "--resume"))
+    assert_same_run(folder, finished("soft"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_folder_that_cannot_be_written(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    failed(start("soft", "--out", tmp_path / place), 1, tmp_path / "file")
+    assert contents(tmp_path) == {Path("file"): b"mine"}
+
+
 @pytest.mark.parametrize("flags, word", [
     ("soft --epochs -1", "--epochs"), ("soft --fraction nan", "--fraction"), ("soft --turns zwei", "--turns"),
     ("soft --trials 2 --lr 1", "--trials"), ("soft --resume --overwrite", "--over"), ("hard", "hard"),
@@ -333,6 +365,12 @@ def test_16_bits_resume(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     resumed, whole = (checkpoint_of(tmp_path / name, "last.pt")["scaler"] for name in ("run", "whole"))
     assert resumed == whole != {}                       # it counts the steps since the last overflow
+
+
+def test_compile_is_refused_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    failed(start("soft", "--compile", "--out", tmp_path / "run"), 2, "--compile", "compiler")
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler to be accepted")
