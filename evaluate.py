@@ -340,7 +340,7 @@ def load_run(folder, device="auto", dtype="auto"):
 
     >>> run = load_run("runs/sample-tiny-dialogpt-dynamic-1.0-s0")      # doctest: +SKIP
     >>> run.reply("Do you like music?")                                 # doctest: +SKIP
-    'I like the old ones.'
+    'Yes, I do, but I like to read.'
     """
     path = Path(folder) / "best.pt"
     if not path.exists():

@@ -146,13 +146,10 @@ class GPT(nn.Module):
                 raise ValueError(f"{P + T} positions are asked for, but the model's n_positions is "
                                  f"{self.config.n_positions}")
             positions = torch.arange(P, P + T, device=x.device)
-        if past is not None:            # made once for all layers, in the type of the products
+        if past is not None:            # one mask for all layers
             if readable is None:
                 readable = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            mask = torch.zeros(readable.shape, dtype=dtype, device=x.device).masked_fill(~readable, -math.inf)
-            mask = mask.view(-1, 1, T, P + T)
+            mask = additive_mask(readable, x).view(-1, 1, T, P + T)
         x = self.drop(x + self.wpe(positions))
         presents = []
         for layer, block in enumerate(self.h):
@@ -202,20 +199,20 @@ class GPT(nn.Module):
         answers, rows = [[] for _ in lengths], list(range(B))           # rows: those that have not ended
         # Prefill: one pass over the rows. What is real never reads the padding behind it; later tokens must not either.
         hidden, past = self.hidden_states(x, past)
-        hidden = hidden.gather(1, (ends - 1).view(B, 1, 1).expand(-1, -1, hidden.size(2)))      # (B, 1, C)
+        hidden = hidden[torch.arange(B, device=device), ends - 1][:, None]                      # (B, 1, C)
         readable = torch.arange(-P, T, device=device) < ends[:, None]                           # (B, P + T)
         positions = P + ends[:, None]                                                           # (B, 1)
         for n in range(1, max_new_tokens + 1):
             tokens = sample_next_token(self.logits(hidden[:, 0]) + suppressed, temperature, top_p)      # (B,)
-            going_on = []
+            alive = []
             for i, token in enumerate(tokens.tolist()):                 # a GPU is waited for here, and nowhere else
                 if token != eot:
                     answers[rows[i]].append(token)
-                    going_on.append(i)
-            if not going_on or n == max_new_tokens:
+                    alive.append(i)
+            if not alive or n == max_new_tokens:
                 break
-            if len(going_on) < len(rows):                               # rows that have ended leave the batch
-                rows, kept = [rows[i] for i in going_on], to_device(torch.tensor(going_on), device)
+            if len(alive) < len(rows):                                  # rows that have ended leave the batch
+                rows, kept = [rows[i] for i in alive], to_device(torch.tensor(alive), device)
                 tokens, readable, positions = tokens[kept], readable[kept], positions[kept]
                 past = [(k[kept], v[kept]) for k, v in past]
             readable = F.pad(readable, (0, 1), value=True)
@@ -291,6 +288,13 @@ def evaluation(module):
             yield
     finally:
         module.train(was_training)
+
+
+def additive_mask(readable, x):
+    """True where a position may be read -> 0 there and -inf elsewhere, in the type in which x enters attention."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.zeros(readable.shape, dtype=dtype, device=x.device).masked_fill(~readable, -math.inf)
 
 
 def sample_next_token(logits, temperature, top_p):
