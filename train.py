@@ -8,6 +8,7 @@ goes on as if it had never stopped, and there are no random states to save. With
 share of every batch.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -123,7 +124,7 @@ def fit(run, splits, config, folder, label=""):
             line["lr"] = rates[step - 1]
             line["tokens_per_second"] = sum(map(run.row_length, examples)) / line["seconds"]
         begun = time.perf_counter()
-        with torch.compiler.set_stance("force_eager" if config["compile"] else "default"):      # scores and answers eagerly
+        with torch.compiler.set_stance("force_eager") if config["compile"] else contextlib.nullcontext():
             val_loss, bleu4 = from_main_process(lambda: run.validate(splits))
         if not math.isfinite(val_loss):
             raise Diverged(f"the validation loss became {val_loss} after step {step}; nothing of this epoch is saved")
