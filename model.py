@@ -4,7 +4,7 @@ The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn
 
 Shape letters, the same in every file of this project:
     B batch    T tokens    C embedding width    H heads    D = C / H, width of a head    L layers    V vocabulary
-    P positions that stand before the row: a prompt's, or those already in the KV cache
+    P positions before the row, there as keys and values: a prefix's, or those in the KV cache
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -62,7 +62,7 @@ class Attention(nn.Module):
                    for t in self.c_attn(x).split(C, dim=2))
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
-            if mask is None:            # `is_causal` would begin at the past's first position, not behind its last
+            if mask is None:            # `is_causal` aligns its triangle at the top left: row 0 would read one past position
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -136,7 +136,7 @@ class GPT(nn.Module):
 
         Prompts enter here: embeddings as a part of x, keys and values as `past`.
         past: for each layer the (keys, values) that stand before the row, each (B, H, P, D).
-        readable: True where a position may be read, (B, P + T), for rows of one token (T = 1); None: all that stands before.
+        readable: with a past, True where a position may be read, (B, P + T), for rows of one token (T = 1); None: all before.
         positions: position ids (B, T) or (T,); None: P, P + 1, ...
         Raises ValueError for more positions than the model has.
         """

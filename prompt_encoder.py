@@ -9,6 +9,7 @@ LSTM (PTuning) or turned into keys and values (PrefixTuning); then the prompts t
 (DynamicPrompt, DialogPrompt).
 
 Shape letters as in model.py; m is the number of tokens in a query, M the longest m of a batch, k a fixed prompt length.
+A mask here is (B, M), True on a query's own tokens.
 """
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class PromptEncoder(nn.Module):
 
     def forward(self, queries, mask):
         """Query embeddings (B, M, C), zero behind each query's end, and mask (B, M), True up to there -> prompt embeddings
-        (B, length(M), C), of which a query of m tokens gets the first length(m).
+        (B, length(M), C), of which a query of m tokens gets the first length(m). Hidden states are not zero there.
 
         Where `writes_past`: -> for each layer a pair of keys and values, each (B, H, k, D).
         """
@@ -193,9 +194,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context, mask):
         """x (B, k, C), context (B, M, C), mask (B, M), True where it may be read -> (B, k, C)."""
-        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                # (B, T, C) -> (B, H, T, D)
-                   for t in (self.q_attn(x), *self.c_attn(context).chunk(2, dim=2)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None],
+        q, keys, values = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)        # (B, H, k, D), 2 of (B, H, M, D)
+                           for t in (self.q_attn(x), *self.c_attn(context).chunk(2, dim=2)))
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None],
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))                            # (B, H, k, D) -> (B, k, C)
 
@@ -223,8 +224,8 @@ class DialogPrompt(PromptEncoder):
         (k_l, v_l) for each layer l = Transformer(p1, ..., pk; c)       keys and values of its own self-attention
         row = [x1, ..., xm, response], read after the keys k_l and values v_l
 
-    The Transformer is as deep as the GPT, and each of its blocks cross-attends to c. Its last block is nothing but keys and
-    values: what would follow could get no gradient.
+    The Transformer is as deep as the GPT. Each of its blocks but the last cross-attends to c, the context, which is the query.
+    The last is nothing but keys and values: what would follow could get no gradient.
     """
     default_length, writes_past, reads_hidden_states = 5, True, True
 
@@ -240,7 +241,7 @@ class DialogPrompt(PromptEncoder):
         self.c_last = nn.Linear(C, 2 * C)                                           # the last layer's keys and values
         self.apply(init_weights)
         with torch.no_grad():
-            rows = word_embeddings[5:5 + prompt_length]
+            rows = word_embeddings[5:5 + prompt_length]                             # as in the released code
             self.wte.weight[:len(rows)] = rows
 
     def forward(self, hidden_states, mask):
@@ -296,12 +297,13 @@ def make_batch(examples, prompt_length):
     """
     queries, responses = zip(*examples)
     M = max(map(len, queries))
-    P = prompt_length(M)
+    longest = prompt_length(M)
     order, positions = [], []
     for query, response in examples:
         m = len(query)
         positions.append(torch.arange(len(response)) + prompt_length(m) + m - 1)    # one before each response token
-        order.append(torch.cat((torch.arange(prompt_length(m)), P + torch.arange(m), P + M + torch.arange(len(response)))))
+        order.append(torch.cat((torch.arange(prompt_length(m)), longest + torch.arange(m),
+                                longest + M + torch.arange(len(response)))))
     lengths, order = [len(row) for row in order], pad_sequence(order, batch_first=True)
     ids = torch.cat([pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in part], batch_first=True)
                      for part in (queries, responses)], dim=1)
@@ -353,6 +355,8 @@ class PromptedGPT(nn.Module):
 
     def batch(self, examples):
         """[(query ids, response ids), ...] -> Batch. Raises ValueError for a query without tokens, or with too many."""
+        if not examples:
+            raise ValueError("there are no examples, expected at least one")
         sizes = [len(query) for query, _ in examples]
         if not 0 < min(sizes) <= max(sizes) <= self.encoder.max_query:
             raise ValueError(f"a query has {min(sizes) and max(sizes)} tokens, expected 1 to {self.encoder.max_query} (max_query)")

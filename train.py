@@ -30,7 +30,7 @@ from model import load_plain, replace
 from prompt_encoder import METHODS
 
 RUN_FILES = ("results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt", "config.json")
-NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # what may differ when a run is resumed
+NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # may differ when a run is resumed; epochs may grow
 VERSION = 2                                                     # of a run's folder
 
 
@@ -59,10 +59,11 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     for indices, rate in zip(batches, rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        mine = indices[rank::world]                     # this process's share of the batch
         tokens = sum(len(examples[i][1]) for i in indices)
-        weight = 1 / tokens if mine else 0              # without a row of a short last batch, it takes part with one that
-        loss = model([examples[i] for i in mine or indices[:1]]).sum() * weight         # counts nothing
+        share, weight = indices[rank::world], 1 / tokens                # this process's
+        if not share:                                   # a short last batch: as all must take part, a row that counts nothing
+            share, weight = indices[:1], 0
+        loss = model([examples[i] for i in share]).sum() * weight
         scaler.scale(loss * world).backward()           # DistributedDataParallel divides gradients by world
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -85,7 +86,7 @@ def fit(run, splits, config, folder, label=""):
     say(f"{label}training {n:,} of {total:,} parameters ({n / total:.1%})")
     optimizer = torch.optim.AdamW(trained.values(), lr=config["lr"], weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-    epoch, log, best = -1, [], None                     # epoch 0 only scores
+    epoch, log, best = -1, [], None                     # the last finished epoch; 0 only scores
     if (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt", {"trained", "optimizer", "scaler", "epoch", "log", "best"})
         model.load_trained(state["trained"])
@@ -103,7 +104,7 @@ def fit(run, splits, config, folder, label=""):
 
     while epoch < config["epochs"] and (not best or epoch - best["epoch"] < config["patience"]):
         epoch += 1
-        first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch        # steps before this epoch, and after it
+        first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch        # the epoch's first step, and the next one's
         line = {"epoch": epoch, "step": step} | dict.fromkeys(("train_loss", "val_loss", "val_bleu4", "lr", "seconds",
                                                                "eval_seconds", "tokens_per_second"))
         if epoch > 0:
@@ -269,7 +270,7 @@ def parse_arguments():
         help="of the matrix products; trained weights and logits stay float32" + shown)
     add("--compile", action="store_true", help="give the GPT's blocks to torch.compile; it needs a C++ compiler or Triton")
     add("--out", type=Path, help="the run's folder (default: runs/DATA-MODEL-METHOD-FRACTION-sSEED)")
-    add("--resume", action="store_true", help="go on where the run in the folder stopped")
+    add("--resume", action="store_true", help="go on where the run in the folder stopped; --epochs may be larger")
     add("--overwrite", action="store_true", help="replace the run in the folder")
     args = parser.parse_args()
     if args.prompt_length and not METHODS[args.method].default_length:
