@@ -151,7 +151,8 @@ def fit(run, splits, config, folder, label=""):
 def search(run, splits, config, folder):
     """--trials: train once for each of the learning rates, each in a folder of its own; best.pt is the best's by validation
     BLEU4."""
-    draw, trials = random.Random(config["seed"]), []
+    draw, trials, device, dtype = random.Random(config["seed"]), [], run.model.device, run.model.dtype
+    run.model = None                                    # each trial has its own: no second one beside it
     for i in range(1, config["trials"] + 1):
         lr = math.exp(draw.uniform(math.log(3e-6), math.log(9e-3)))
         file = folder / f"trial-{i:02}" / "trial.json"
@@ -162,7 +163,7 @@ def search(run, splits, config, folder):
                 write_text(file.parent / "config.json", json.dumps(trial, indent=2) + "\n")
             torch.manual_seed(config["seed"])
             try:
-                found = fit(Run(config, run.model.device, run.model.dtype), splits, trial, file.parent,
+                found = fit(Run(config, device, dtype), splits, trial, file.parent,
                             f"trial {i}/{config['trials']}, lr {lr:.2g}: ")
             except Diverged as error:
                 found = {"lr": lr, "failed": str(error)}
