@@ -23,7 +23,7 @@ import torch
 
 from data import (checkpoint_folder, encode_pairs, group_by_length, load_splits, load_tokenizer, make_pairs, query_key,
                   read_dialogues, read_json)
-from model import GPT, load_plain, replace, write_safetensors
+from model import GPT, evaluation, load_plain, replace, write_safetensors
 from prompt_encoder import METHODS, PromptedGPT
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -277,12 +277,10 @@ class Run:
             answers |= zip(indices, found)
         return [self.tokenizer.decode(answers[i]).strip() for i in range(len(examples))]
 
-    @torch.no_grad()
     def mean_losses(self, examples, parts, batch_size=64):
         """Mean cross-entropy per response token over each part, a list of indices -> floats; None for an empty part."""
-        self.model.eval()
         groups = group_by_length(examples, batch_size, self.row_length)
-        with self.model.autocast():                     # around all batches, so that trained weights are cast once
+        with evaluation(self.model), self.model.autocast():     # around all batches, so that trained weights are cast once
             losses = [self.model([examples[i] for i in indices]) for indices in groups]
         losses, sums, start = torch.cat(losses).tolist() if losses else [], {}, 0
         for i in (i for indices in groups for i in indices):

@@ -105,8 +105,8 @@ def fit(run, splits, config, folder, label=""):
     while epoch < config["epochs"] and (not best or epoch - best["epoch"] < config["patience"]):
         epoch += 1
         first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch        # the epoch's first step, and the next one's
-        line = {"epoch": epoch, "step": step} | dict.fromkeys(("train_loss", "val_loss", "val_bleu4", "lr", "seconds",
-                                                               "eval_seconds", "tokens_per_second"))
+        line = {"epoch": epoch, "step": step} | dict.fromkeys(          # the keys' order in log.jsonl
+            ("train_loss", "val_loss", "val_bleu4", "lr", "seconds", "eval_seconds", "tokens_per_second"))
         if epoch > 0:
             seed = config["seed"] * 1_000_003 + epoch
             torch.manual_seed(seed * 1009 + (dist.get_rank() if dist.is_initialized() else 0))      # dropout
