@@ -1,29 +1,25 @@
-"""From text on disk or on the Web to token ids: downloads, tokenizer, dialogues, (query, response) pairs, the splits of a run.
+"""From text on disk or on the Web to token ids: dialogues, (query, response) pairs, tokenizer, downloads.
 
-Text format: one dialogue per line, its turns separated by `__eou__`; one more at the end of the line is allowed.
-
-    Hi, how are you? __eou__ Fine, thanks. __eou__ Coming along? __eou__ I'd love to.
-
-Files are UTF-8, with or without a byte order mark; lines end in LF or CRLF, and in nothing else. Turns lose the white
-space around them and are otherwise kept verbatim: emoji, or a `<|endoftext|>` that somebody typed, are plain text like any
-other. Blank lines are passed over. A turn with nothing visible in it is an empty turn: it keeps its place, so that the
-speakers still alternate, and makes no pair.
+Text format: one dialogue per line, its turns separated by `__eou__`, as in `How are you? __eou__ Fine, thanks.`; one
+more may end the line. Turns lose the white space around them and are otherwise kept verbatim: a `<|endoftext|>` that
+somebody typed is text. A turn with nothing visible in it keeps its place and makes no pair.
 """
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import sys
+import time
 import unicodedata
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 
-TINY = Path(__file__).resolve().parent / "tiny" if "__file__" in globals() else Path("tiny")        # a notebook has no file
+TINY = Path(globals().get("__file__", "data.py")).resolve().parent / "tiny"       # pasted into a notebook, no file
 TIMEOUT = 20                    # seconds without a byte before a download counts as stalled
 REPOSITORIES = {"gpt2": "gpt2", "gpt2-medium": "gpt2-medium", "gpt2-large": "gpt2-large", "gpt2-xl": "gpt2-xl",
                 "dialogpt-small": "microsoft/DialoGPT-small", "dialogpt-medium": "microsoft/DialoGPT-medium",
@@ -34,351 +30,132 @@ DAILYDIALOG_SHA256 = {"train": "c5179ab5a9a86a77b9d29114087c6b82cc4cb366abea25a4
 SPLITS = ("train", "validation", "test")
 
 
-# --------------------------------------------------------------------------------------------------------- downloads
-
-def cache_folder():
-    """Where downloads are kept; the environment variable DYNAMIC_PROMPT_CACHE moves it."""
-    try:
-        return Path(os.environ.get("DYNAMIC_PROMPT_CACHE") or Path.home() / ".cache" / "dynamic-prompt")
-    except RuntimeError:
-        raise OSError("there is no home directory to keep downloads in: set the environment variable "
-                      "DYNAMIC_PROMPT_CACHE to a folder") from None
-
-
-def hub(path):
-    return f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{path}"
-
-
 @contextlib.contextmanager
-def locked(path):
-    """Let one process in at a time. The system releases the lock when its owner ends, however it ends."""
-    with open(path, "a") as file:
-        if os.name == "nt":
-            import msvcrt
-            while True:
-                with contextlib.suppress(OSError):      # it gives up after ten seconds
-                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                    break
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
+def reading(source):
+    """Whatever goes wrong while a file is read becomes one sentence that names it, a ValueError; OSErrors pass."""
+    try:
         yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
+        if Path(source).is_relative_to(cache_folder()):             # a hotel's login page, say
+            reason += "; delete it, and it is downloaded again"
+        raise ValueError(f"{source} is not what was expected: {reason}") from None
 
 
-def download(url, path, sha256=None):
-    """Fetch url to path unless it is there already -> path. What an interrupted download left behind is continued.
+# -------------------------------------------------------------------------------------------- dialogues and pairs
 
-    Raises FileNotFoundError if the server has no such file, OSError (with the way to do it by hand) for anything else.
+def read_dialogues(data):
+    """A data set -> {"train": [[turn, ...], ...], "validation": ..., "test": ...}.
+
+    `sample`, `dailydialog` or `multiwoz`; a folder with train.txt, validation.txt and test.txt, or in DailyDialog's
+    layout (its text is detokenized) or MultiWOZ's; one text file, or a list of dialogues, which are split 80/10/10,
+    always in the same way, whatever a run's seed; or a dict of three lists. Raises ValueError, OSError.
     """
-    import requests                                     # here alone: everything else works without it
-    from requests.adapters import HTTPAdapter, Retry
-    path = Path(path)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    session = requests.Session()
-    retry = Retry(total=4, connect=2, read=0, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504),
-                  respect_retry_after_header=False, raise_on_status=False)
-    session.mount("http://", HTTPAdapter(max_retries=retry))
-    session.mount("https://", HTTPAdapter(max_retries=retry))
-    session.auth = lambda request: request              # everything is public: no token is sent, not even from ~/.netrc
-    session.rebuild_auth = lambda request, response: None
-    with locked(path.with_name(path.name + ".lock")):
-        tries = 3
-        while not path.exists():                        # another process may have fetched it while we waited
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                announced = fetch(session, url, part)
-                expected = sha256 or announced          # a sum that was published outranks the server's
-                if expected and (found := digest(part)) != expected:
-                    part.unlink()
-                    raise OSError(f"{url} has SHA-256 {found}, expected {expected}: deleted, please try again")
-                os.replace(part, path)
-            except (requests.RequestException, ConnectionResetError) as error:
-                if part.exists() and part.stat().st_size > before:
-                    tries = 3                           # it went forward: keep going
-                tries -= 1
-                if tries == 0 or not isinstance(error, (ConnectionResetError, requests.ConnectionError, requests.Timeout,
-                                                        requests.exceptions.ChunkedEncodingError)):
-                    raise OSError(f"cannot download {url} ({type(error).__name__}: {error}); "
-                                  f"fetch it some other way and put it at {path}") from None
-    return path
+    source = "the given data"
+    if isinstance(data, (str, os.PathLike)):
+        source = Path(os.path.expanduser(data))
+        if not source.is_file():
+            return {split: read_split(str(data), split) for split in SPLITS}
+        data = parse_text(source.read_bytes(), source)
+    with reading(source):
+        if not isinstance(data, dict):
+            dialogues = list(data)
+            random.Random(0).shuffle(dialogues)
+            n = max(1, len(dialogues) // 10)
+            data = {"train": dialogues[2 * n:], "validation": dialogues[n:2 * n], "test": dialogues[:n]}
+        if any(isinstance(dialogue, str) for split in SPLITS for dialogue in data[split]):
+            raise ValueError("a dialogue is a string, expected a list of turns")
+        data = {split: [[clean_turn(turn) for turn in dialogue] for dialogue in data[split]] for split in SPLITS}
+        return {split: require_pairs(data[split], split) for split in SPLITS}
 
 
-def digest(path):
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    return sha256.hexdigest()
-
-
-def fetch(session, url, part):
-    """Append what is missing of url to the file `part` -> the SHA-256 that the Hub announces, or None."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code in (401, 403, 404):     # the Hub answers 401 for a repository that does not exist
-            raise FileNotFoundError(f"{url} does not exist or is not public (status {response.status_code}): "
-                                    f"is the name right?")
-        if response.status_code == 416:                 # the whole file was there already, or more: begin again
-            part.unlink()
-            raise ConnectionResetError("the partial file did not fit the server's")
-        response.raise_for_status()
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0                                    # the server ignores Range and sends the whole file
-        total = have + int(response.headers.get("Content-Length", 0))
-        with open(part, "ab") as file:
-            file.truncate(have)
-            for chunk in response.iter_content(1 << 16):    # small: a cut loses the chunk it falls in
-                file.write(chunk)
-                have += len(chunk)
-                if sys.stderr.isatty():
-                    print(f"\r{part.stem}: {have / 1e6:,.0f} of {total / 1e6:,.0f} MB ", end="", file=sys.stderr)
-        print(f"\r{part.stem}: {have / 1e6:,.1f} MB from {url}", file=sys.stderr)
-        for answer in (*response.history, response):    # a large file's comes with the redirection to its store
-            etag = answer.headers.get("X-Linked-Etag", "").removeprefix("W/").strip('"')
-            if re.fullmatch("[0-9a-f]{64}", etag):
-                return etag
-    return None
-
-
-# --------------------------------------------------------------------------------------------- checkpoints, tokenizer
-
-def checkpoint_folder(name):
-    """A model's name, `owner/name` on the Hub, or a folder -> a local folder in Hugging Face's layout, maybe downloaded.
-
-    Raises ValueError for an unknown name, OSError where a file cannot be had.
-    """
-    name = str(name)
-    if name in ("tiny-gpt2", "tiny-dialogpt"):
-        return TINY / name
-    if name not in REPOSITORIES and Path(name).is_dir():
-        return Path(name)
-    repository = REPOSITORIES.get(name, name)
-    if name not in REPOSITORIES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ValueError(f"unknown model {name!r}: expected tiny-gpt2, tiny-dialogpt, {', '.join(REPOSITORIES)}, "
-                         f"owner/name on the Hugging Face Hub, or a local folder")
-    folder = cache_folder() / "models" / repository.replace("/", "--")
-
-    def get(*files):
-        """The first of these files that is here already, or else that the repository has."""
-        for file in sorted(files, key=lambda file: not (folder / file).exists()):
-            with contextlib.suppress(FileNotFoundError if file != files[-1] else ()):
-                return download(hub(f"{repository}/resolve/main/{file}"), folder / file)
-
-    get("config.json")
-    if not any((folder / file).exists() for file in ("vocab.json", "tokenizer.json")):
-        for file in ("added_tokens.json", "tokenizer_config.json"):         # not every repository has them
-            with contextlib.suppress(FileNotFoundError):
-                get(file)
-    if get("vocab.json", "tokenizer.json").name == "vocab.json":
-        get("merges.txt")
-    weights = get("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-    if weights.suffix == ".json":                       # in shards
-        for shard in sorted(set(read_json(weights).get("weight_map", {}).values())):
-            get(Path(shard).name)
-    return folder
-
-
-def read_json(path):
-    """A file that holds a JSON object -> dict. Raises OSError, ValueError."""
-    try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:       # the latter: brackets nested by the thousand
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} holds {type(contents).__name__}, expected an object")
-    return contents
-
-
-def load_tokenizer(folder):
-    """A checkpoint's vocab.json and merges.txt, or its tokenizer.json -> tiktoken.Encoding, with GPT-2's splitting of words.
-
-    Ids of the 256 bytes and of the merges are the vocabulary's own; what is neither is a special token, and typed in a text
-    it is plain text. Raises OSError for a missing file, ValueError for one that makes no such tokenizer.
-    """
-    folder = Path(folder)
-    vocab, merges, added, settings = read_vocabulary(folder)
-    for name, value, expected in settings:
-        if value != expected:
-            raise ValueError(f"{folder}: the tokenizer's {name} is {value!r:.100}, expected GPT-2's {expected!r}: "
-                             f"its token ids would be others")
-    # GPT-2 writes bytes as printable characters: those that are printable as themselves, the others from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    try:
-        words = list(byte) + [a + b for a, b in merges]
-        ids, known = [vocab[word] for word in words], set(words)
-        if ids[256:] != sorted(set(ids[256:])):         # tiktoken merges in the order of ids, GPT-2 in that of merges.txt
-            raise ValueError("the merges' ids do not rise in the order of the merges")
-        special = {word: i for word, i in (vocab | added).items() if word not in known}
-        if "<|endoftext|>" not in special:
-            raise ValueError("the vocabulary has no <|endoftext|>")
-        # GPT-2's split into words, with possessive quantifiers, as tiktoken itself spells it
-        pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-        return tiktoken.Encoding(str(folder), pat_str=pattern, special_tokens=special,
-                                 mergeable_ranks={bytes(byte[c] for c in word): i for word, i in zip(words, ids)})
-    except KeyError as error:
-        raise ValueError(f"{folder} does not make a GPT-2 tokenizer: the vocabulary has no {error.args[0]!a:.100}, "
-                         f"expected the 256 bytes and every merge") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{folder} does not make a GPT-2 tokenizer: {error}") from None
-
-
-def read_vocabulary(folder):
-    """-> vocabulary {word: id}, merges [(a, b), ...], added tokens {word: id}, settings [(name, value, GPT-2's), ...]."""
-    optional = {name: read_json(folder / name) if (folder / name).exists() else {}
-                for name in ("added_tokens.json", "tokenizer_config.json")}
-    settings = [(name, optional["tokenizer_config.json"].get(name, False), False)
-                for name in ("add_prefix_space", "add_bos_token", "add_eos_token", "do_lower_case")]
-    try:
-        if (folder / "vocab.json").exists():
-            vocab, added = read_json(folder / "vocab.json"), optional["added_tokens.json"]
-            source = folder / "merges.txt"
-            merges = source.read_text(encoding="utf-8-sig").splitlines()
-            merges = [line for line in merges[merges[:1] != [] and merges[0].startswith("#version"):] if line]
-        elif (folder / "tokenizer.json").exists():
-            source = folder / "tokenizer.json"
-            whole = read_json(source)
-            model, split = whole["model"], whole["pre_tokenizer"] or {}
-            vocab, merges = dict(model["vocab"]), list(model["merges"])
-            added = optional["added_tokens.json"] | {token["content"]: token["id"] for token in whole["added_tokens"]}
-            settings += [("normalizer", whole.get("normalizer"), None), ("model type", model.get("type", "BPE"), "BPE"),
-                         ("dropout", model.get("dropout") or None, None),
-                         ("ignore_merges", model.get("ignore_merges", False), False),
-                         ("continuing_subword_prefix", model.get("continuing_subword_prefix") or "", ""),
-                         ("end_of_word_suffix", model.get("end_of_word_suffix") or "", ""),
-                         ("pre_tokenizer", split.get("type"), "ByteLevel"),
-                         ("use_regex", split.get("use_regex", True), True),
-                         ("add_prefix_space", split.get("add_prefix_space", True), False),
-                         ("post_processor", bool(re.search("SpecialToken|(Bert|Roberta)Processing",
-                                                           json.dumps(whole.get("post_processor")))), False)]
-        else:
-            raise FileNotFoundError(f"{folder} has no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
-        merges = [line.split(" ") if isinstance(line, str) else line for line in merges]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename} is missing" if error.filename else str(error)) from None
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is not a GPT-2 tokenizer's: {type(error).__name__} {error}") from None
-    for number, merge in enumerate(merges, 1):
-        if not isinstance(merge, list) or len(merge) != 2 or not all(isinstance(part, str) and part for part in merge):
-            raise ValueError(f"{source}: merge {number} is {merge!a:.100}, expected two words with a space between them")
-    wrong = [word for word, i in (vocab | added).items() if type(i) is not int or not 0 <= i < 2**31]
-    if wrong or len(set((vocab | added).values())) < len(vocab | added):
-        raise ValueError(f"{folder}: the vocabulary gives {wrong[0]!a:.100} no id" if wrong else
-                         f"{folder}: the vocabulary gives two words the same id")
-    return vocab, merges, added, settings
-
-
-# --------------------------------------------------------------------------------------------------------- dialogues
-
-def read_dialogues(name, seed=0):
-    """`sample`, `dailydialog`, `multiwoz`, a folder, or a text file -> {"train": [[turn, ...], ...], "validation": ..., "test": ...}.
-
-    A folder holds train.txt, validation.txt and test.txt, or DailyDialog's or MultiWOZ's own layout. The dialogues of a
-    single file are split 80/10/10, shuffled by the seed.
-    Raises ValueError with file and line for what cannot be read, OSError for a missing file.
-    """
-    name = str(name)
+def read_split(name, split):
+    """A data set's name or folder -> its dialogues of one split."""
+    folder = Path(os.path.expanduser(name))
+    part = split.replace("validation", "dev")           # MultiWOZ's name
+    if name == "sample":
+        folder = TINY / "dialogues"
     if name == "dailydialog":
-        folder = cache_folder() / "dailydialog"
-        files = [download(hub(f"datasets/roskoN/dailydialog/resolve/main/{s}.zip"), folder / f"{s}.zip",
-                          DAILYDIALOG_SHA256.get(s)) for s in SPLITS]
-        return {s: with_pairs(parse_text(read_zip(file, f"{s}/dialogues_{s}.txt"), file), file)
-                for s, file in zip(SPLITS, files)}
-    folder = TINY / "dialogues" if name == "sample" else Path(name)
-    if name == "multiwoz":
-        folder = cache_folder() / "multiwoz"
-        for s, n in MULTIWOZ_FILES.items():
-            for file in (f"{s}/dialogues_{i:03}.json" for i in range(1, n + 1)):
-                download(f"{MULTIWOZ}/{file}", folder / file)
-    if folder.is_file():
-        dialogues = parse_text(folder.read_bytes(), folder)
-        random.Random(seed).shuffle(dialogues)
-        n = max(1, len(dialogues) // 10)
-        parts = dialogues[2 * n:], dialogues[n:2 * n], dialogues[:n]
-        return {s: with_pairs(part, f"{folder} ({len(dialogues)} dialogues, split 80/10/10; of these, {s},)")
-                for s, part in zip(SPLITS, parts)}
-    if not folder.is_dir():
-        raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, a folder, or a text file")
-    if sorted(folder.glob("train/dialogues_*.json")):
-        return {s: with_pairs(parse_multiwoz(sorted((folder / part).glob("dialogues_*.json"))), folder / part)
-                for s, part in zip(SPLITS, MULTIWOZ_FILES)}
-    layout = "{0}/dialogues_{0}.txt" if (folder / "train").is_dir() else "{0}.txt"
-    files = {s: folder / layout.format(s) for s in SPLITS}
-    return {s: with_pairs(parse_text(file.read_bytes(), file), file) for s, file in files.items()}
+        url = hub_url(f"datasets/roskoN/dailydialog/resolve/main/{split}.zip")
+        path = download(url, cache_folder() / name / f"{split}.zip", DAILYDIALOG_SHA256.get(split))
+        with reading(path), zipfile.ZipFile(path) as archive:
+            dialogues = parse_text(archive.read(f"{split}/dialogues_{split}.txt"), path, detokenize)
+    elif name == "multiwoz":
+        path = cache_folder() / name / part
+        files = [f"dialogues_{i:03}.json" for i in range(1, MULTIWOZ_FILES[part] + 1)]
+        dialogues = parse_multiwoz([download(f"{MULTIWOZ}/{part}/{file}", path / file) for file in files])
+    elif list(folder.glob("train/dialogues_*.json")):
+        path = folder / part
+        dialogues = parse_multiwoz(sorted(path.glob("dialogues_*.json")))
+    elif (folder / "train").is_dir():
+        path = folder / split / f"dialogues_{split}.txt"
+        dialogues = parse_text(path.read_bytes(), path, detokenize)
+    elif folder.is_dir():
+        path = folder / f"{split}.txt"
+        dialogues = parse_text(path.read_bytes(), path)
+    else:
+        raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, a folder or text file")
+    return require_pairs(dialogues, path)
 
 
-def read_zip(path, member):
-    """One member of a zip file, by name; nothing is unpacked."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(member)
-    except Exception as error:                          # zipfile raises a dozen kinds for damaged files
-        raise ValueError(f"{path} is broken or lacks {member}: {error}; delete it to fetch it again") from None
-
-
-def visible(turn):
-    """The turn without white space around it, or "" if there is nothing to see in it: zero-width characters, marks alone."""
-    def shows(c):                                       # some letters and a symbol are blank, too: fillers
-        return unicodedata.category(c)[0] not in "ZM" and unicodedata.category(c) not in ("Cc", "Cf") and \
-            c not in "\u115f\u1160\u2800\u3164\uffa0"
-    return turn.strip() if any(map(shows, turn)) else ""
-
-
-def parse_text(data, path):
-    """Bytes in the text format above -> dialogues, each a list of turns."""
-    if b"__eou__" not in data:
-        raise ValueError(f"{path} has no __eou__, expected one dialogue per line, its turns separated by __eou__, as in "
-                         f"'Hi, how are you? __eou__ Fine, thanks. __eou__ Coming along?'")
-    dialogues = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            turns = [visible(turn) for turn in line.decode("utf-8").split("__eou__")]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8 ({error.reason})") from None
-        if any(turns):
-            dialogues.append(turns if turns[-1] else turns[:-1])        # __eou__ may end the line
+def require_pairs(dialogues, source):
+    if not make_pairs(dialogues, sliding=True):
+        raise ValueError(f"{source} holds no (query, response) pair, expected a dialogue of two turns or more")
     return dialogues
+
+
+def clean_turn(text):
+    """A turn without white space around it, or "" if nothing in it can be seen: zero-width characters, marks alone."""
+    text.encode()                               # a ValueError for half an emoji, which could never be written again
+    if all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf", "Mn", "Me") for c in text):
+        return ""
+    return text.strip()
+
+
+def parse_text(data, path, clean=clean_turn):
+    """Bytes in the text format above -> dialogues, each a list of turns; clean: a function, text -> turn."""
+    with reading(path):
+        utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))                # as PowerShell's > writes it
+        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
+    lines = re.split(r"\r\n|\r|\n", text)
+    is_table = Path(path).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl")
+    if is_table or "__eou__" not in text or any(line.startswith(('{"', '["')) for line in lines):
+        raise ValueError(f"{path} has no __eou__, or is CSV or JSON: expected one dialogue per line, its turns "
+                         f"separated by __eou__, as in 'Hi! __eou__ Hello.'; README.md, \"Your own data and models\"")
+    dialogues = [[clean(turn) for turn in line.split("__eou__")] for line in lines]
+    return [turns if turns[-1] else turns[:-1] for turns in dialogues if any(turns)]    # __eou__ may end the line
+
+
+def detokenize(text):
+    """DailyDialog's tokenized text -> as people write it. Only spaces beside punctuation go, so every word stays.
+
+    >>> detokenize("I ' m fine at 3 : 30 , thanks .")
+    "I'm fine at 3:30, thanks."
+    """
+    text = re.sub(r"(?<=\w) (['’]) (?=(s|t|m|d|ll|ve|re|clock)\b)", r"\1", clean_turn(text), flags=re.I)   # I ' m
+    text = re.sub(r"(?<=\d) ([:.]) (?=\d)", r"\1", text)                                  # 3 : 30
+    text = re.sub(r"\b([a-z]) \. (?=[a-z] \.)", r"\1.", text, flags=re.I)                 # 9 a . m .
+    text = re.sub(r" (?=[,.?!;:%)\]”’])|(?<=[(\[“‘]) |(?<=[$£¥]) (?=\d)", "", text)       # what closes or opens
+    text = re.sub(r"""(?<!\w)(["']) (.+?) \1(?!\w)""", r"\1\2\1", text)                  # quotes come in pairs,
+    return re.sub(r"(?<=s) (?='(?!\w))", "", text)                                       # but for my parents ' house
 
 
 def parse_multiwoz(paths):
     """Files in MultiWOZ 2.2's schema -> dialogues that begin with the user and alternate with the system."""
     dialogues = []
     for path in paths:
-        try:
-            contents = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(contents, list):
-            raise ValueError(f"{path} holds {type(contents).__name__}, expected MultiWOZ 2.2's list of dialogues")
-        for number, dialogue in enumerate(contents, 1):
-            try:
-                speech = [(turn["speaker"], visible(turn["utterance"])) for turn in dialogue["turns"]]
-                "".join(text for _, text in speech).encode()        # half an emoji could never be written again
-                if not {speaker for speaker, _ in speech} <= {"USER", "SYSTEM"}:
-                    raise ValueError("a speaker is neither USER nor SYSTEM")
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                name = dialogue.get("dialogue_id") if isinstance(dialogue, dict) else None
-                raise ValueError(f"{path}, dialogue {number} ({name}) does not follow MultiWOZ 2.2's schema "
-                                 f"(turns with speaker and utterance): {type(error).__name__} {error}") from None
-            turns, last = [], "SYSTEM"
-            for speaker, text in speech:
-                if speaker != last:
-                    turns.append(text)
-                    last = speaker
-                elif turns:                             # the same speaker goes on
-                    turns[-1] = f"{turns[-1]} {text}".strip()
-            dialogues.append(turns)
-    return dialogues
-
-
-def with_pairs(dialogues, path):
-    if not make_pairs(dialogues, sliding=True):
-        raise ValueError(f"{path} holds no (query, response) pair, expected a dialogue of two turns or more")
+        with reading(path):
+            for dialogue in json.loads(path.read_bytes()):
+                turns = []
+                for turn in dialogue["turns"]:
+                    speaker, text = ("USER", "SYSTEM").index(turn["speaker"]), clean_turn(turn["utterance"])
+                    if speaker == len(turns) % 2:       # even places are the user's
+                        turns.append(text)
+                    elif turns:                         # the same speaker goes on
+                        turns[-1] = f"{turns[-1]} {text}".strip()
+                dialogues.append(turns)
     return dialogues
 
 
@@ -395,85 +172,244 @@ def make_pairs(dialogues, turns=1, sliding=False):
     [(['a'], 'b'), (['c'], 'd')]
     >>> make_pairs([["a", "b", "c"]], turns=2, sliding=True)
     [(['a'], 'b'), (['a', 'b'], 'c')]
-
-    An empty turn is nobody's response, and nobody responds to it:
-
-    >>> make_pairs([["a", "", "c", "d"]], sliding=True)
+    >>> make_pairs([["a", "", "c", "d"]], sliding=True)             # an empty turn is nobody's query or response
     [(['c'], 'd')]
     """
+    step = 1 if sliding else 2
     return [(dialogue[max(0, i - turns):i], dialogue[i])
-            for dialogue in dialogues for i in range(1, len(dialogue), 1 if sliding else 2)
+            for dialogue in dialogues for i in range(1, len(dialogue), step)
             if dialogue[i - 1] and dialogue[i]]
 
 
-# --------------------------------------------------------------------------------------------- token ids, and the splits
-
 def encode_pairs(pairs, tokenizer, max_query=128, max_response=128):
-    """Pairs -> [(query ids, response ids), ...]; every turn ends with <eot>.
-
-    A query is a list of turns, or one string. One over max_query tokens keeps its end, a response over max_response its
-    start; a turn many times as long is cut before it is tokenized (no token of GPT-2's has more than 128 bytes).
+    """Pairs -> [(query ids, response ids), ...]; every turn ends with <eot>. A query is a list of turns, or one string.
+    One over max_query tokens keeps its end, a response over max_response its start.
 
     >>> encode_pairs([("Hi!", "Hello.")], load_tokenizer(TINY / "tiny-gpt2"))
     [([2647, 0, 4095], [3087, 13, 4095])]
     """
-    eot = tokenizer.eot_token
+    def encode(turn):
+        return tokenizer.encode_ordinary(clean_turn(turn)) + [tokenizer.eot_token]
 
-    def query_ids(turns):
-        turns = [turns] if isinstance(turns, str) else turns
-        return [t for turn in turns for t in tokenizer.encode_ordinary(turn[-128 * max_query:]) + [eot]][-max_query:]
-
-    return [(query_ids(turns), (tokenizer.encode_ordinary(response[:128 * max_response]) + [eot])[:max_response])
-            for turns, response in pairs]
+    examples = []
+    for turns, response in pairs:
+        if isinstance(turns, str):
+            turns = [turns]
+        query = [token for turn in turns for token in encode(turn)]
+        examples.append((query[-max_query:], encode(response)[:max_response]))
+    return examples
 
 
 def query_key(query):
-    """What makes two queries the same: their words. Case, spacing and punctuation do not count.
+    """What makes two queries the same: their words, in lower case. Spacing and punctuation do not count.
 
-    >>> query_key(["How are you?"]) == query_key(["how are  you"])
-    True
+    A word is a run of letters, marks, digits and underscores. re's \\w lacks the marks: vowel signs of Hindi or Thai.
     """
-    return tuple(tuple(re.findall(r"\w+", turn.lower())) for turn in query)
+    def words(turn):
+        letters = [c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in turn.lower()]
+        return tuple("".join(letters).split())
+    return tuple(words(turn) for turn in query)
 
 
-@dataclass
-class Splits:
-    """What a run trains and is tested on: its pairs as text and as token ids, and which test queries the training set has."""
-    pairs: dict                 # split -> [([turn, ...], response), ...]
-    examples: dict              # split -> [(query ids, response ids), ...]
-    seen: list                  # for each test pair: is its query, by `query_key`, a query of the *full* training split?
-    fingerprint: str            # of all dialogues and token ids: with another one, a run's figures are of other data
+# ----------------------------------------------------------------------------------------- checkpoints, tokenizer
+
+def read_json(path):
+    """A file that holds a JSON object -> dict. Raises OSError, ValueError."""
+    with reading(path):
+        return dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
 
 
-def load_splits(config, tokenizer):
-    """A run's settings -> Splits. Raises ValueError where nothing is left to train on, or where the dialogues are not those
-    that the run began with."""
-    dialogues = read_dialogues(config["data"], config["seed"])
-    options = config["turns"], config["pairs"] == "sliding"
-    known = {query_key(query) for query, _ in make_pairs(dialogues["train"], *options)}
-    chosen = dialogues | {"train": take_fraction(dialogues["train"], config["fraction"], config["seed"])}
-    pairs = {split: make_pairs(d, *options) for split, d in chosen.items()}
-    for split in ("train", "validation"):
-        if not pairs[split]:
-            raise ValueError(f"{config['data']}: no pair is left in {split} (--fraction {config['fraction']}, "
-                             f"--pairs {config['pairs']})")
-    examples = {split: encode_pairs(p, tokenizer, config["max_query"], config["max_response"]) for split, p in pairs.items()}
-    fingerprint = hashlib.sha256(json.dumps([dialogues, examples]).encode()).hexdigest()
-    if config.get("dialogues", fingerprint) != fingerprint:
-        raise ValueError(f"{config['data']}: the dialogues or the tokenizer have changed since this run began, so its results "
-                         f"would be of other data; put the old ones back, or train again")
-    return Splits(pairs, examples, [query_key(query) in known for query, _ in pairs["test"]], fingerprint)
+# GPT-2's split into words, with possessive quantifiers, as tiktoken itself spells it
+SPLIT_INTO_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
-def group_by_length(examples, batch_size, row_length, seed=None):
-    """Indices of examples in batches of rows of similar length, so that little is padding: longest first, or, with a seed,
-    shuffled. row_length: a function, example -> positions in its row."""
-    order = list(range(len(examples)))
-    shuffle = random.Random(seed)
-    if seed is not None:
-        shuffle.shuffle(order)                          # pairs of equal length meet others in each epoch
-    order.sort(key=lambda i: -row_length(examples[i]))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    if seed is not None:
-        shuffle.shuffle(batches)
-    return batches
+class Tokenizer(tiktoken.Encoding):
+    """GPT-2's tokenizer. `added_words`, {word: id}, are one token each, wherever they stand in a text."""
+    added_words = {}
+
+    def encode_ordinary(self, text):
+        """A text -> its token ids. Special tokens that stand in it are plain text."""
+        if not self.added_words:
+            return super().encode_ordinary(text)
+        longest_first = sorted(self.added_words, key=len, reverse=True)         # `New York` is found before `New`
+        ids = []
+        for piece in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
+            if piece in self.added_words:
+                ids.append(self.added_words[piece])
+            else:
+                ids += super().encode_ordinary(piece)
+        return ids
+
+
+def word_ids(tokenizer):
+    """The ids that may be generated besides <eot>: GPT-2's tokens and added words, but no other special token."""
+    return {*tokenizer._mergeable_ranks.values(), *tokenizer.added_words.values()}
+
+
+def load_tokenizer(folder):
+    """A checkpoint's tokenizer.json, or else its vocab.json and merges.txt -> Tokenizer, a tiktoken.Encoding.
+
+    A word that is neither one of the 256 bytes, nor made by a merge, nor added as a word is a special token. Raises
+    ValueError for a tokenizer whose ids would not be those of transformers.
+    """
+    settings = read_tokenizer(Path(folder))
+    # GPT-2 writes bytes as printable characters: those that are printable as themselves, the others from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    with reading(folder):
+        model, split, config = settings["model"], settings["pre_tokenizer"], settings["config"]
+        unlike_gpt2 = {"normalizer": settings.get("normalizer"), "pre_tokenizer": split["type"] != "ByteLevel",
+                       "model": model.get("type", "BPE") != "BPE", "use_regex": split.get("use_regex") is False,
+                       "add_prefix_space": split["add_prefix_space"] or config.get("add_prefix_space"),
+                       "post_processor": re.search("SpecialToken|BertProcessing|RobertaProcessing",
+                                                   json.dumps(settings.get("post_processor")))}
+        for part, keys in ((model, ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")),
+                           (config, ("add_bos_token", "add_eos_token", "do_lower_case"))):
+            unlike_gpt2 |= {key: part.get(key) for key in keys}
+        vocab, added_words = dict(model["vocab"]), {}
+        for token in settings["added_tokens"]:
+            vocab[token["content"]] = token["id"]
+            if not token["special"] and token["content"] != "<|endoftext|>":
+                added_words[token["content"]] = token["id"]
+                unlike_gpt2[f"added {token}"] = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+        for name, value in unlike_gpt2.items():
+            if value:
+                raise ValueError(f"its {name} is not GPT-2's: token ids would be others")
+        if len(set(vocab.values())) < len(vocab):
+            raise ValueError("two words of its vocabulary have the same id")
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        rank = {pair: vocab["".join(pair)] for pair in merges}
+        if merges != sorted(merges, key=rank.get):      # tiktoken joins in the order of ids
+            raise ValueError("the merges' ids do not rise in the order of the merges")
+        for first, second in merges:                    # GPT-2 joins listed pairs, tiktoken all that make a token
+            parts = list(first + second)
+            while len(parts) > 1:
+                i = min(range(len(parts) - 1), key=lambda i: rank.get((parts[i], parts[i + 1]), math.inf))
+                rank[parts[i], parts[i + 1]]            # a KeyError if GPT-2 would not make this token
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        words = {*byte, *map("".join, merges)}
+        tokenizer = Tokenizer(str(folder), pat_str=SPLIT_INTO_WORDS,
+                              mergeable_ranks={bytes(byte[c] for c in word): vocab[word] for word in words},
+                              special_tokens={word: i for word, i in vocab.items() if word not in words})
+        tokenizer.added_words = added_words
+        tokenizer.eot_token                             # a KeyError if the vocabulary has no <|endoftext|>
+    return tokenizer
+
+
+def read_tokenizer(folder):
+    """tokenizer.json, which wins, as in transformers, or else the older files in its form."""
+    def optional(name):
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    config = {"config": optional("tokenizer_config.json")}
+    if (folder / "tokenizer.json").exists():
+        return read_json(folder / "tokenizer.json") | config
+    vocab, special = read_json(folder / "vocab.json"), json.dumps(optional("special_tokens_map.json"))
+    added = [{"content": word, "id": i, "special": json.dumps(word) in special}
+             for word, i in optional("added_tokens.json").items()]
+    with reading(folder / "merges.txt"):
+        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    return {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}} | config
+
+
+# --------------------------------------------------------------------------------------- downloads, checkpoints
+
+def cache_folder():
+    """Where downloads are kept; the environment variable DYNAMIC_PROMPT_CACHE moves it."""
+    return Path(os.environ.get("DYNAMIC_PROMPT_CACHE") or os.path.expanduser("~/.cache/dynamic-prompt"))
+
+
+def hub_url(path):
+    return f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{path}"
+
+
+def checkpoint_folder(name):
+    """A model's name, `owner/name` on the Hub, or a folder -> a local folder, downloaded if need be."""
+    name = str(name)
+    if name in ("tiny-gpt2", "tiny-dialogpt"):
+        return TINY / name
+    local = Path(os.path.expanduser(name))
+    if name not in REPOSITORIES and local.is_dir():
+        return local
+    repository = REPOSITORIES.get(name, name)
+    if name not in REPOSITORIES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(f"unknown model {name!r}: expected tiny-gpt2, tiny-dialogpt, {', '.join(REPOSITORIES)}, "
+                         f"owner/name on the Hugging Face Hub, or a local folder")
+    folder = cache_folder() / "models" / repository.replace("/", "--")
+
+    def get(*files):
+        """The first of these files that is here already, or else that the repository has."""
+        for file in [file for file in files if (folder / file).exists()] or files:
+            with contextlib.suppress(FileNotFoundError):
+                return download(hub_url(f"{repository}/resolve/main/{file}"), folder / file)
+        raise FileNotFoundError(f"{hub_url(repository)} has no public {' or '.join(files)}: is the name right?")
+
+    if not (folder / "config.json").exists():           # it comes after those that not every repository has
+        for file in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+            with contextlib.suppress(FileNotFoundError):
+                get(file)
+    get("config.json")
+    if get("tokenizer.json", "vocab.json").name == "vocab.json":
+        get("merges.txt")
+    names = ("model.safetensors", "pytorch_model.bin")
+    weights = get(*names, *(f"{name}.index.json" for name in names))
+    if weights.suffix == ".json":                       # in shards
+        for shard in sorted(set(read_json(weights)["weight_map"].values())):
+            get(Path(shard).name)
+    return folder
+
+
+def download(url, path, sha256=None):
+    """Fetch url to path unless it is there -> path. What an interrupted download left behind is continued."""
+    import requests                                     # here alone: everything else works without it
+    path, part = Path(path), Path(f"{path}.part")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    session = requests.Session()                        # all is public: no token is sent, not even from ~/.netrc
+    session.auth = session.rebuild_auth = lambda request, response=None: request
+    with open(part, "r+b") as file:                     # two processes write the same bytes
+        for tries_left in (4, 3, 2, 1, 0):
+            try:
+                announced = download_part(session, url, file)
+                break
+            except requests.RequestException as error:
+                if tries_left == 0:
+                    raise OSError(f"cannot download {url} ({error}); put it at {path} by hand") from None
+                time.sleep(1)
+        file.seek(0)
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    expected = sha256 or announced
+    if expected and expected != digest.hexdigest():
+        part.unlink()
+        raise OSError(f"{url} has SHA-256 {digest.hexdigest()}, expected {expected}: deleted, please try again")
+    with contextlib.suppress(FileNotFoundError):        # another process was faster
+        os.replace(part, path)
+    return path
+
+
+def download_part(session, url, file):
+    """Add what is missing of url to the open file -> the SHA-256 that the Hub announces of a large file, or None."""
+    headers = {"Range": f"bytes={file.seek(0, os.SEEK_END)}-", "Accept-Encoding": "identity"}
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code in (401, 403, 404):     # the Hub answers 401 for a repository that does not exist
+            raise FileNotFoundError(f"{url} does not exist or is not public (status {response.status_code})")
+        if response.status_code == 416:                 # nothing is missing, or too much is there: begin again
+            file.truncate(0)
+        response.raise_for_status()
+        if response.status_code == 200:                 # the whole file comes, whatever was asked
+            file.seek(0)
+        print(f"downloading {url}", file=sys.stderr)
+        for chunk in response.iter_content(1 << 16):    # small: a cut loses the chunk it falls in
+            file.write(chunk)
+        file.truncate()
+        for answer in (*response.history, response):    # it comes with the redirection to the store of large files
+            etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+            if len(etag) == 64:
+                return etag

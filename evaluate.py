@@ -1,30 +1,38 @@
-"""The metrics of both papers from scratch; loading, scoring, tabulating, plotting and talking to trained runs.
+"""The metrics of both papers from scratch; a run with its splits, scores and replies; runs side by side.
 
-    python evaluate.py RUN                          score a run on its test set again
-    python evaluate.py RUN --chat                   talk to it
-    python evaluate.py RUN --export FOLDER          write it for transformers (finetune) or peft (prompt-tuning, p-tuning, prefix)
-    python evaluate.py --table RUNS                 every run below a folder, as the papers' tables
-    python evaluate.py --plot RUNS                  BLEU4, novelty and diversity over the training fraction
-    python evaluate.py --lookup --data DATA         the dictionary that answers seen queries by heart
+    python evaluate.py RUN                      score a run on its test set again: results.json, generations.jsonl
+    python evaluate.py RUN --chat               talk to it
+    python evaluate.py RUN --explain "Hello."   look inside its prompt
+    python evaluate.py RUN --plot               draw its losses and BLEU4 over the epochs: curves.png
+    python evaluate.py RUN --export FOLDER      write it for transformers (finetune) or peft (where the prompt is fixed)
+    python evaluate.py --compare RUN RUN ...    the answers of several runs to the same queries, as a table
+    python evaluate.py --table RUNS             every run below a folder, as the papers' tables
+    python evaluate.py --plot RUNS              BLEU4, novelty, diversity over the training fraction: figure2.png
+    python evaluate.py --lookup --data DATA     what needs no model: the dictionary, and the human references
 """
 import argparse
+import contextlib
+import glob
 import hashlib
+import inspect
 import json
 import math
-import os
 import re
 import shutil
 import statistics
 import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import (checkpoint_folder, encode_pairs, group_by_length, load_splits, load_tokenizer, make_pairs, query_key,
-                  read_dialogues, read_json)
-from model import GPT, evaluation, load_plain, replace, write_safetensors
-from prompt_encoder import METHODS, PromptedGPT
+import model as model_module
+import prompt_encoder
+from data import (cache_folder, checkpoint_folder, clean_turn, encode_pairs, load_tokenizer, make_pairs, query_key,
+                  read_dialogues, read_json, take_fraction, word_ids)
+from model import GPT, UsageError, choose_device, evaluation, load_tensors, reading, write_safetensors, write_text
+from prompt_encoder import METHODS, PromptedGPT, group_by_length
 
 # ----------------------------------------------------------------------------------------------------------- metrics
 # Lists of strings in, a float out. Down to METRICS the standard library is enough: paste them anywhere.
@@ -152,189 +160,203 @@ def distinct(outputs, n):
     return len(counts) / max(1, counts.total())
 
 
-# A new metric is one entry: key in results.json -> column title, digits, and a function of outputs, references, the responses
-# trained on, and the mean loss per response token (None where nothing has a loss).
-METRICS = {
-    "bleu1": ("BLEU1", 3, lambda outputs, references, training, loss: corpus_bleu(outputs, references, 1)),
-    "bleu2": ("BLEU2", 3, lambda outputs, references, training, loss: corpus_bleu(outputs, references, 2)),
-    "bleu3": ("BLEU3", 3, lambda outputs, references, training, loss: corpus_bleu(outputs, references, 3)),
-    "bleu4": ("BLEU4", 3, lambda outputs, references, training, loss: corpus_bleu(outputs, references, 4)),
-    "novelty": ("Novelty", 3, lambda outputs, references, training, loss: novelty(outputs, training)),
-    "diversity": ("Diversity", 3, lambda outputs, references, training, loss: diversity(outputs)),
-    "nist": ("NIST", 2, lambda outputs, references, training, loss: corpus_nist(outputs, references)),
-    "rouge_l": ("ROUGE-L", 3, lambda outputs, references, training, loss: rouge_l(outputs, references)),
-    "distinct1": ("Dist-1", 3, lambda outputs, references, training, loss: distinct(outputs, 1)),
-    "distinct2": ("Dist-2", 3, lambda outputs, references, training, loss: distinct(outputs, 2)),
-    "length": ("Length", 1, lambda outputs, references, training, loss: statistics.fmean(len(tokenize(o)) for o in outputs)),
-    "perplexity": ("PPL", 1, lambda outputs, references, training, loss: None if loss is None else math.exp(min(loss, 700))),
-}
+def all_metrics(outputs, references, training_responses, mean_loss=None):
+    """Every metric of results.json by name; null where there is no pair. A new metric is one line here.
+
+    mean_loss: per response token; None where nothing has a loss.
+    """
+    if not outputs:
+        return {"n": 0} | dict.fromkeys(list(all_metrics(["."], ["."], []))[1:])
+    return {
+        "n": len(outputs),
+        **{f"bleu{n}": corpus_bleu(outputs, references, n) for n in (1, 2, 3, 4)},
+        "novelty": novelty(outputs, training_responses),
+        "diversity": diversity(outputs),
+        "distinct1": distinct(outputs, 1),
+        "distinct2": distinct(outputs, 2),
+        "nist": corpus_nist(outputs, references),
+        "rouge_l": rouge_l(outputs, references),
+        "length": statistics.fmean(len(tokenize(output)) for output in outputs),
+        "perplexity": None if mean_loss is None else math.exp(min(mean_loss, 700)),
+    }
 
 
-def all_metrics(outputs, references, training_responses, mean_loss):
-    """Every metric of results.json; null for all of them where there is no pair."""
-    return {"n": len(outputs)} | {
-        name: function(outputs, references, training_responses, mean_loss) if outputs else None
-        for name, (_, _, function) in METRICS.items()}
+def score(outputs, pairs, seen, training_responses, losses=None):
+    """Outputs for the test pairs, be they a run's, the dictionary's or a human's -> {"test": M, "test_unseen": M}.
+
+    seen: for each pair, whether its query is a training query. losses: as `Run.losses` gives them.
+    """
+    unseen, results = [i for i, known in enumerate(seen) if not known], {}
+    for name, part in ("test", range(len(pairs))), ("test_unseen", unseen):
+        loss = sum(losses[i][0] for i in part) / sum(losses[i][1] for i in part) if losses and part else None
+        results[name] = all_metrics([outputs[i] for i in part], [pairs[i][1] for i in part], training_responses, loss)
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
 
-MAX_NEW_TOKENS = 40
+@dataclass
+class Splits:
+    """What a run trains and is tested on, as text and as token ids, and which test queries the training set has."""
+    pairs: dict                 # split -> [([turn, ...], response), ...]
+    examples: dict              # split -> [(query ids, response ids), ...]
+    seen: list                  # for each test pair: is its query, by `query_key`, one of the *full* training split?
+    fingerprint: str            # SHA-256 of all dialogues and token ids
 
 
-class UsageError(ValueError):
-    """The command line asks for something that cannot be."""
-
-
-def choose_device(device="auto", dtype="auto"):
-    """The flags --device and --dtype -> torch.device, torch.dtype, and why in words. Raises UsageError.
-
-    auto is a GPU that this PyTorch has kernels for, else the CPU; bfloat16 where the device computes in it natively,
-    float16 on a GPU that does not, else float32.
-    """
-    why = []
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            major, minor = torch.cuda.get_device_capability()
-            kernels = [(kind, int(re.match(r"\d+", number)[0])) for kind, number in
-                       (name.split("_") for name in torch.cuda.get_arch_list())]        # sm_75, sm_90a, compute_120 ...
-            if kernels and not any(n // 10 == major and n % 10 <= minor if kind == "sm" else n <= 10 * major + minor
-                                   for kind, n in kernels):
-                why.append(f"this PyTorch has no kernels for the GPU here, of compute capability {major}.{minor}")
-                device = "cpu"
-    kind, colon, index = device.partition(":")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}.get(kind, 0)
-    if colon and not index.isdecimal() or int(index or 0) >= there:
-        raise UsageError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
-    device, native = torch.device(device), False
-    if kind == "cuda":
-        torch.cuda.set_device(device)                   # what follows asks about this GPU
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        # On H100 and newer GPUs cuDNN's attention would be tried first, and makes a plan for every new shape of batch.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    elif kind == "cpu":
-        native = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()      # without AMX, 16 bits are slower than 32
-    if dtype == "auto":
-        dtype = "bfloat16" if native else "float16" if kind == "cuda" else "float32"
-        why.append(f"this {'GPU' if kind == 'cuda' else kind} has {'' if native else 'no '}fast bfloat16")
-    else:
-        why.append(f"--dtype {dtype}")
-    if kind == "cuda":                                  # cuDNN's own default would round p-tuning's LSTM in float32, too
-        tf32 = dtype != "float32" and torch.cuda.get_device_capability()[0] >= 8
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        why += ["float32 products, as the output layer's, in TF32"] * tf32
-    return device, getattr(torch, dtype), "; ".join(why)
+def load_splits(config, tokenizer):
+    """A run's settings -> Splits. Raises ValueError where nothing is left to train on, or where the dialogues are not
+    those that the run began with."""
+    data, options = config["data"], (config["turns"], config["pairs"] == "sliding")
+    dialogues = read_dialogues(data)
+    known = {query_key(query) for query, _ in make_pairs(dialogues["train"], *options)}
+    chosen = dialogues | {"train": take_fraction(dialogues["train"], config["fraction"], config["seed"])}
+    pairs = {split: make_pairs(part, *options) for split, part in chosen.items()}
+    for split in ("train", "validation"):
+        if not pairs[split]:
+            raise ValueError(f"{data}: no pair is left in {split} (--fraction {config['fraction']}, "
+                             f"--pairs {config['pairs']})")
+    limits = config["max_query"], config["max_response"]
+    examples = {split: encode_pairs(part, tokenizer, *limits) for split, part in pairs.items()}
+    fingerprint = hashlib.sha256(json.dumps([dialogues, examples]).encode()).hexdigest()
+    if config.get("dialogues", fingerprint) != fingerprint:
+        raise ValueError(f"{data}: the dialogues or the tokenizer have changed since this run began, so its results "
+                         f"would be of other data; put the old ones back, or train again")
+    return Splits(pairs, examples, [query_key(query) in known for query, _ in pairs["test"]], fingerprint)
 
 
 class Run:
     """A prompted GPT with what it needs to answer in text: its settings (`config`) and its `tokenizer`.
 
-    Made by `load_run` from a trained run's folder, and by train.py, untrained. Raises ValueError where the checkpoint has
-    changed since the run began, UsageError where the settings ask for more positions than the GPT has.
+    Made by `load_run` from a trained run's folder, and by train.py, untrained. Raises ValueError where the checkpoint
+    has changed since the run began, UsageError where the settings ask for more positions than the GPT has.
     """
+    version = 3                 # of a run's folder
+    batch_size = 64             # pairs that are scored or answered at once
 
     def __init__(self, config, device, dtype):
-        folder = checkpoint_folder(config["model"])
-        gpt, self.config, self.tokenizer = GPT.from_pretrained(folder, config["dropout"]), config, load_tokenizer(folder)
-        self.weights = fingerprint(gpt)
+        self.config, folder = config, checkpoint_folder(config["model"])
+        self.tokenizer, gpt = load_tokenizer(folder), GPT.from_pretrained(folder, config["dropout"])
+        sha256 = hashlib.sha256()
+        for tensor in gpt.state_dict().values():
+            sha256.update(tensor.numpy())
+        self.weights = sha256.hexdigest()
         if config.get("weights", self.weights) != self.weights:
-            raise ValueError(f"{folder}: the weights have changed since this run began, so its results would be another "
-                             f"model's; put the old ones back, or train again")
-        V, query, response = gpt.config.vocab_size, config["max_query"], max(config["max_response"], MAX_NEW_TOKENS)
-        words = {self.tokenizer.encode_single_token(word) for word in self.tokenizer.token_byte_values()}
-        if max(words | {self.tokenizer.eot_token}) >= V:
-            raise ValueError(f"{folder}: the tokenizer has ids up to {max(words | {self.tokenizer.eot_token})}, "
-                             f"but config.json says vocab_size {V}")
-        gpt.suppress_tokens = sorted(set(range(V)) - words - {self.tokenizer.eot_token})
-        self.model = PromptedGPT(gpt, config["method"], config["prompt_length"], config["controller_layers"], query,
+            raise ValueError(f"{folder}: the weights have changed since this run began, so its results would be of "
+                             f"another model; put the old ones back, or train again")
+        source = inspect.getsource(model_module) + inspect.getsource(prompt_encoder)
+        self.code = hashlib.sha256(source.encode()).hexdigest()     # with other code, an old run's scores may be others
+        gpt.config.eos_token_id = self.tokenizer.eot_token
+        words, V = word_ids(self.tokenizer) | {self.tokenizer.eot_token}, gpt.config.vocab_size
+        if max(words) >= V:
+            raise ValueError(f"{folder}: the tokenizer has ids up to {max(words)}, but config.json says vocab_size {V}")
+        self.suppress_tokens = [i for i in range(V) if i not in words]          # rows of wte that stand for no word
+        query, response = config["max_query"], max(config["max_response"], config["max_new_tokens"])
+        layers, init = config["controller_layers"] or 2, config["controller_init"]
+        self.model = PromptedGPT(gpt, config["method"], config["prompt_length"], query, layers, init,
                                  config["train_embeddings"], dtype)
-        encoder = self.model.encoder                    # a prompt of keys and values takes positions, too
-        prompt = config["prompt_length"] or encoder.default_length or encoder.length(query)
+        encoder = self.model.encoder
+        prompt = encoder.k if encoder.writes_past else encoder.prompt_length(query)     # keys take positions, too
         if prompt + query + response > gpt.config.n_positions:
             raise UsageError(f"a prompt of {prompt}, --max-query {query} and a response of {response} tokens are "
-                             f"{prompt + query + response}, but {config['model']} has n_positions {gpt.config.n_positions}")
+                             f"{prompt + query + response}, but {folder.name} has n_positions {gpt.config.n_positions}")
         self.model.to(device).eval()
 
+    def answer(self, queries, **options):
+        """Token lists -> answers as text, all in one batch; options as in `PromptedGPT.generate`."""
+        answers = self.model.generate(queries, self.config["max_new_tokens"], self.tokenizer.eot_token,
+                                      suppress_tokens=self.suppress_tokens, **options)
+        return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+    def encode_query(self, query):
+        """A string or a list of turns -> token ids of the last turns, as many as the run was trained to read."""
+        turns = [query] if isinstance(query, str) else list(query)
+        if not turns or not clean_turn(turns[-1]):
+            raise ValueError("the query is empty, expected a string or a list of turns")
+        (ids, _), = encode_pairs([(turns[-self.config["turns"]:], "")], self.tokenizer, self.config["max_query"])
+        return ids
+
     def reply(self, query, temperature=0.0, top_p=1.0):
-        """Answer a query, a string or a list of turns, of which the run reads the last ones as it was trained to -> str.
+        """Answer a query, a string or a list of turns -> str. White space around a turn counts for nothing.
 
         temperature 0 is greedy; otherwise tokens are drawn from the smallest set that holds top_p of the probability.
         Raises ValueError for an empty query.
         """
-        turns = [query] if isinstance(query, str) else list(query)
-        if not turns or not turns[-1].strip():
-            raise ValueError("the query is empty, expected a string or a list of turns")
-        (ids, _), = encode_pairs([(turns[-self.config["turns"]:], "")], self.tokenizer, self.config["max_query"])
-        answer, = self.model.generate([ids], MAX_NEW_TOKENS, self.tokenizer.eot_token, temperature, top_p)
-        return self.tokenizer.decode(answer).strip()
+        return self.answer([self.encode_query(query)], temperature=temperature, top_p=top_p)[0]
 
-    def respond(self, examples, batch_size=64):
+    def respond(self, examples):
         """Greedy answers to the examples' queries, as text, in their order."""
         answers = {}
-        for indices in group_by_length(examples, batch_size, lambda example: len(example[0])):
-            found = self.model.generate([examples[i][0] for i in indices], MAX_NEW_TOKENS, self.tokenizer.eot_token)
-            answers |= zip(indices, found)
-        return [self.tokenizer.decode(answers[i]).strip() for i in range(len(examples))]
-
-    def mean_losses(self, examples, parts, batch_size=64):
-        """Mean cross-entropy per response token over each part, a list of indices -> floats; None for an empty part."""
-        groups = group_by_length(examples, batch_size, self.row_length)
-        with evaluation(self.model), self.model.autocast():     # around all batches, so that trained weights are cast once
-            losses = [self.model([examples[i] for i in indices]) for indices in groups]
-        losses, sums, start = torch.cat(losses).tolist() if losses else [], {}, 0
-        for i in (i for indices in groups for i in indices):
-            sums[i], start = sum(losses[start:start + len(examples[i][1])]), start + len(examples[i][1])
-        return [sum(sums[i] for i in part) / sum(len(examples[i][1]) for i in part) if part else None for part in parts]
+        for indices in group_by_length([len(query) for query, _ in examples], self.batch_size):
+            answers |= zip(indices, self.answer([examples[i][0] for i in indices]))
+        return [answers[i] for i in range(len(examples))]
 
     def row_length(self, example):
         """Positions that an example takes in a batch."""
         query, response = example
-        return self.model.encoder.length(len(query)) + len(query) + len(response)
+        return self.model.encoder.prompt_length(len(query)) + len(query) + len(response)
+
+    def losses(self, examples):
+        """For each example, in order, the summed cross-entropy of its response, and the response's number of tokens.
+        Raises FloatingPointError for a loss that is NaN or infinite."""
+        losses = {}
+        groups = group_by_length([self.row_length(example) for example in examples], self.batch_size)
+        with evaluation(self.model), self.model.autocast():     # around all batches: trained weights are cast once
+            found = [self.model([examples[i] for i in indices]) for indices in groups]
+        for indices, batch in zip(groups, found):
+            for i, part in zip(indices, batch.split([len(examples[i][1]) for i in indices])):
+                losses[i] = sum(part.tolist()), len(part)
+        if not all(math.isfinite(loss) for loss, _ in losses.values()):
+            raise FloatingPointError("a loss is NaN or infinite, so nothing is scored; in float16 large numbers "
+                                     "overflow: try --dtype float32")
+        return [losses[i] for i in range(len(examples))]
+
+    def swap(self, examples):
+        """The swap test: mean loss per response token with another query's prompt minus that with its own, among
+        queries of equal length; exactly 0 where the prompt does not depend on the query. None where no two are equally
+        long."""
+        groups, size = defaultdict(list), self.batch_size
+        for query, response in examples:
+            groups[len(query)].append((query, response))
+        batches = [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+        batches = [batch for batch in batches if len(batch) > 1]
+        if not batches:
+            return None
+        with evaluation(self.model), self.model.autocast():
+            own, others = (torch.cat([self.model(batch, swapped) for batch in batches]) for swapped in (False, True))
+        return (others.mean() - own.mean()).item()
 
     def validate(self, splits):
         """-> mean loss per response token and BLEU4 on the validation split."""
         examples, references = splits.examples["validation"], [response for _, response in splits.pairs["validation"]]
-        loss, = self.mean_losses(examples, [range(len(examples))])
-        return loss, corpus_bleu(self.respond(examples), references)
+        sums, tokens = zip(*self.losses(examples))
+        return sum(sums) / sum(tokens), corpus_bleu(self.respond(examples), references)
 
     def test(self, splits, best):
         """Score the run on the test split -> the contents of results.json, and the lines of generations.jsonl.
 
-        best: what best.pt says of the epoch that is tested."""
-        pairs, training = splits.pairs["test"], [response for _, response in splits.pairs["train"]]
-        outputs = self.respond(splits.examples["test"])
-        parts = list(range(len(pairs))), [i for i, seen in enumerate(splits.seen) if not seen]
-        losses = self.mean_losses(splits.examples["test"], parts)
-        everything = [all_metrics([outputs[i] for i in part], [pairs[i][1] for i in part], training, loss)
-                      for part, loss in zip(parts, losses)]
-        results = {k: self.config[k] for k in ("method", "model", "data", "fraction", "seed")} | {
+        best: what best.pt says of the epoch that is tested.
+        """
+        pairs, examples = splits.pairs["test"], splits.examples["test"]
+        outputs, training = self.respond(examples), [response for _, response in splits.pairs["train"]]
+        results = {key: self.config[key] for key in ("method", "model", "data", "fraction", "seed")} | {
             "lr": best["lr"], "epoch": best["epoch"],
             "trainable_parameters": sum(p.numel() for p in self.model.trained().values()),
             "total_parameters": sum(p.numel() for p in self.model.parameters()),
-            "test": everything[0], "test_unseen": everything[1], "val_bleu4": best["val_bleu4"]}
+            **score(outputs, pairs, splits.seen, training, self.losses(examples)),
+            "swap": self.swap(examples), "val_bleu4": best["val_bleu4"]}
         return results, [{"query": query, "reference": reference, "response": output, "seen": seen}
                          for (query, reference), output, seen in zip(pairs, outputs, splits.seen)]
 
-
-def fingerprint(gpt):
-    """SHA-256 of a GPT's weights."""
-    sha256 = hashlib.sha256()
-    for tensor in gpt.state_dict().values():
-        sha256.update(tensor.numpy())
-    return sha256.hexdigest()
+    def write_results(self, folder, results, generations):
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in generations]
+        write_text(folder / "generations.jsonl", "".join(lines))
+        write_text(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
-def load_checkpoint(path, keys):
-    """best.pt or last.pt of a run -> dict. Raises ValueError."""
-    state = load_plain(path)
-    if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["trained"], dict):
-        raise ValueError(f"{path} is not a checkpoint of this project, or of another version of it")
-    return state
-
-
-def load_run(folder, device="auto", dtype="auto"):
-    """A run's folder -> its Run, with the weights of its best epoch. dtype auto: as the run was trained.
+def load_run(folder, device="auto", dtype="auto", model=None, data=None):
+    """A run's folder -> its Run, with the weights of its best epoch. dtype auto: as the run was trained. model, data:
+    where these are now, if they have moved.
 
     >>> run = load_run("runs/sample-tiny-dialogpt-dynamic-1.0-s0")      # doctest: +SKIP
     >>> run.reply("Do you like music?")                                 # doctest: +SKIP
@@ -343,25 +365,20 @@ def load_run(folder, device="auto", dtype="auto"):
     path = Path(folder) / "best.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: expected the folder of a run whose first epoch has ended")
-    best = load_checkpoint(path, {"trained", "config", "epoch", "val_bleu4", "lr"})
-    device, dtype, _ = choose_device(device, best["config"]["dtype"] if dtype == "auto" else dtype)
-    run = Run(best["config"], device, dtype)
-    run.model.load_trained(best.pop("trained"))
+    best = load_tensors(path)
+    with reading(path):
+        trained, config = best.pop("trained"), best["config"]
+        if config.get("version") != Run.version:
+            raise ValueError("it was written by another version of this project")
+    device, dtype, _ = choose_device(device, config["dtype"] if dtype == "auto" else dtype)
+    run = Run(config | {"model": model or config["model"], "data": data or config["data"]}, device, dtype)
+    with reading(path):
+        run.model.load_trained(trained)
     run.best = best
     return run
 
 
-def write_test(folder, results, generations):
-    """Write results.json and generations.jsonl to a run's folder."""
-    write_text(folder / "generations.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations))
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def write_text(path, text):
-    replace(path, lambda file: file.write(text.encode("utf-8")))
-
-
-# ------------------------------------------------------------------------------------------- tables, figure, and chat
+# --------------------------------------------------------------------------------------------- baselines, and tables
 
 class Lookup:
     """A dictionary for a model: each query of the training set is answered with its most frequent response there, any
@@ -379,16 +396,22 @@ class Lookup:
         return self.answers.get(query_key(query), self.default)
 
 
-def lookup_results(data, turns=1, sliding=False, seed=0):
-    """The dictionary's scores on a data set -> {"test": M, "test_unseen": M}."""
-    splits = {split: make_pairs(d, turns, sliding) for split, d in read_dialogues(data, seed).items()}
+def baselines(data, turns=1, sliding=False):
+    """Scores of what needs no model -> {"lookup": the dictionary's, "human": the references', as if put out}."""
+    splits = {split: make_pairs(dialogues, turns, sliding) for split, dialogues in read_dialogues(data).items()}
     lookup, training = Lookup(splits["train"]), [response for _, response in splits["train"]]
-    unseen = [pair for pair in splits["test"] if query_key(pair[0]) not in lookup.answers]
-    return {name: all_metrics([lookup.answer(q) for q, _ in chosen], [r for _, r in chosen], training, None)
-            for name, chosen in (("test", splits["test"]), ("test_unseen", unseen))}
+    seen = [query_key(query) in lookup.answers for query, _ in splits["test"]]
+    outputs = {"lookup": [lookup.answer(query) for query, _ in splits["test"]], "human": [r for _, r in splits["test"]]}
+    return {name: score(texts, splits["test"], seen, training) for name, texts in outputs.items()}
 
 
-def spread(values, digits):
+COLUMNS = {"bleu1": ("BLEU1", 3), "bleu2": ("BLEU2", 3), "bleu3": ("BLEU3", 3), "bleu4": ("BLEU4", 3),
+           "novelty": ("Novelty", 3), "diversity": ("Diversity", 3), "distinct1": ("Dist-1", 3),
+           "distinct2": ("Dist-2", 3), "nist": ("NIST", 2), "rouge_l": ("ROUGE-L", 3), "length": ("Length", 1),
+           "perplexity": ("PPL", 1)}
+
+
+def mean_std(values, digits):
     """Several seeds' values -> mean ± sample standard deviation; a single one alone."""
     values = [v for v in values if v is not None]
     if not values:
@@ -397,140 +420,247 @@ def spread(values, digits):
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def markdown(rows):
-    """[(label, label, [M, ...]), ...] -> a Markdown table, one line for each row, seeds averaged."""
-    lines = ["| Data | Method | " + " | ".join(title for title, _, _ in METRICS.values()) + " |",
-             "|---|---|" + "---:|" * len(METRICS)]
-    for data, method, results in rows:
-        cells = [spread([r[name] for r in results], digits) for name, (_, digits, _) in METRICS.items()]
-        lines.append(f"| {data} | {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def metric_cells(seeds):
+    """The M of each seed -> {title: cell} for every metric."""
+    cells = {}
+    for name in list(seeds[0])[1:]:
+        title, digits = COLUMNS.get(name, (name, 3))
+        cells[title] = mean_std([m[name] for m in seeds], digits)
+    return cells
 
 
-def short(name):
+def markdown(rows, words=2):
+    """[{column: cell}, ...] -> a Markdown table, whose first columns hold words, the others numbers."""
+    lines = [list(rows[0]), ["---"] * words + ["---:"] * (len(rows[0]) - words), *(row.values() for row in rows)]
+    lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def short_name(name):
     """For a table: a data set's or a model's name; of a path, its last part."""
-    return Path(name).name if os.path.isabs(name) else name
+    return Path(name).name
 
 
-def finished_runs(path):
-    """All runs below a folder, as [(settings, results), ...]. Raises OSError, ValueError."""
-    files = sorted(Path(path).rglob("results.json"))
+def query_note(config):
+    """What a query is, if not the turn before the response."""
+    note = f", {config['turns']} turns" if config["turns"] > 1 else ""
+    return note + (", sliding" if config["pairs"] == "sliding" else "")
+
+
+def grouped_runs(path):
+    """Finished runs below a folder, links followed -> [(config, label, [results of each seed]), ...]. Runs that differ
+    in the seed alone are one group; its label says in what it differs from others of its method, data and model."""
+    files = glob.glob(f"{glob.escape(str(path))}/**/results.json", recursive=True)
     if not files:
         raise FileNotFoundError(f"{path} holds no finished run (no results.json below it)")
-    runs = [(read_json(file.parent / "config.json"), read_json(file)) for file in files]
-    for file, (config, results) in zip(files, runs):
-        if config.get("method") not in METHODS:
-            raise ValueError(f"{file.parent / 'config.json'} names the method {config.get('method')!r}, expected one of "
-                             f"{', '.join(METHODS)}: was it written by another version of this project?")
-        lacking = [name for name in METRICS if any(name not in results.get(part, {}) for part in ("test", "test_unseen"))]
-        if lacking:
-            raise ValueError(f"{file} lacks the metrics {', '.join(lacking)}: score the run again with "
-                             f"python evaluate.py {file.parent}")
-    return runs
-
-
-def ablation(config):
-    """What of a method was set otherwise than by default: such a run is another row, not another seed."""
-    usual = {"prompt_length": None, "controller_layers": 2, "train_embeddings": None}
-    return "".join(f", {k.replace('_', ' ')} {config[k]}" for k in usual if config.get(k, usual[k]) != usual[k])
-
-
-def context(config):
-    """What a query is, if not the turn before the response."""
-    return f", {config['turns']} turns" * (config["turns"] > 1) + ", sliding" * (config["pairs"] == "sliding")
-
-
-def mixed(configs):
-    """For a row's label: settings in which its runs differ, the seed aside. Their mean is not one over seeds alone."""
-    differ = [k for k in configs[0] if k != "seed" and any(c.get(k) != configs[0][k] for c in configs)]
-    return f" (mixed {', '.join(differ)})" if differ else ""
+    groups = {}
+    for file in sorted({Path(file).resolve() for file in files}):
+        config, results = read_json(file.parent / "config.json"), read_json(file)
+        if config.get("version") != Run.version or config.get("method") not in METHODS:
+            raise ValueError(f"{file.parent} was written by another version of this project")
+        key = json.dumps({k: v for k, v in config.items() if k not in ("seed", "dialogues")}, sort_keys=True)
+        _, seeds = groups.setdefault(key, (config, {}))
+        seeds.setdefault(config["seed"], results)                       # a copy of a run is no new seed
+    order, labelled = ("data", "model", "turns", "pairs", "fraction"), []
+    found = sorted(groups.values(), key=lambda group: (
+        [group[0][k] for k in order], list(METHODS).index(group[0]["method"])))
+    for config, seeds in found:
+        others = [c for c, _ in found if all(c[k] == config[k] for k in ("method", "data", "model"))]
+        differing = [k for k in config if k not in ("seed", "dialogues", "fraction", "turns", "pairs")
+                     and any(c.get(k) != config[k] for c in others)]
+        label = ", ".join([config["method"], *(f"{k.replace('_', ' ')} {str(config[k])[:12]}" for k in differing)])
+        labelled.append((config, label, list(seeds.values())))
+    return labelled
 
 
 def table(path):
-    """Runs below a folder -> Markdown: for each data set and model the papers' table, for all and unseen test pairs."""
-    groups = defaultdict(lambda: defaultdict(list))
-    for config, results in finished_runs(path):
-        group = groups[config["data"], config["turns"], config["pairs"], config["model"]]
-        group[config["fraction"], list(METHODS).index(config["method"]), ablation(config)].append((config, results))
-    text = []
-    for (data, turns, pairs, model), rows in sorted(groups.items()):
-        try:
-            lookup = lookup_results(data, turns, pairs == "sliding")
-        except (OSError, ValueError):                   # the data may have moved since
-            lookup = None
-        for part, name in (("test", "test pairs"), ("test_unseen", "unseen test pairs")):
-            lines = []
-            for (fraction, _, more), row in sorted(rows.items()):
-                configs, results = zip(*row)
-                lines.append((f"{100 * fraction:g}%", configs[0]["method"] + more + mixed(configs), [r[part] for r in results]))
-            if lookup:
-                lines.append(("100%", "lookup", [lookup[part]]))
-            title = f"{short(data)}, {short(model)}{context(configs[0])}: {lines[0][2][0]['n']:,} {name}"
-            text += [f"**{title}**", "", markdown(lines), ""]
+    """Runs below a folder -> Markdown, a table for each data set and model: the loss per token, the swap test, the
+    metrics on all test pairs, and BLEU4 on the unseen ones; mean ± standard deviation over seeds. Then what needs no
+    model."""
+    def row(fraction, label, n, results, losses=(), swaps=()):
+        cells = metric_cells([r["test"] for r in results])
+        del cells["PPL"]                                    # the loss says the same, in the swap test's unit
+        return {"Data": fraction, "Method": label, "Seeds": n, "Loss": mean_std(losses, 3), "Swap": mean_std(swaps, 3),
+                **cells, "BLEU4 unseen": mean_std([r["test_unseen"]["bleu4"] for r in results], 3)}
+
+    tables = defaultdict(list)
+    for config, label, results in grouped_runs(path):
+        tables[config["data"], config["model"], query_note(config)].append((config, label, results))
+    names, text = [short_name(data) for data in {data for data, _, _ in tables}], []
+    for (data, model, note), groups in tables.items():
+        rows = []
+        for config, label, results in groups:
+            losses, swaps = zip(*((math.log(r["test"]["perplexity"]), r["swap"]) for r in results))
+            rows.append(row(f"{100 * config['fraction']:g}%", label, len(results), results, losses, swaps))
+        with contextlib.suppress(OSError, ValueError):                  # the data may have moved since
+            for name, results in baselines(data, config["turns"], config["pairs"] == "sliding").items():
+                rows.append(row("100%", name, "-", [results]))
+        name, (counts, *_) = short_name(data) if names.count(short_name(data)) == 1 else data, groups[0][2]
+        text.append(f"**{name}, {short_name(model)}{note}: {counts['test']['n']:,} test pairs, "
+                    f"{counts['test_unseen']['n']:,} of them unseen**\n\n{markdown(rows)}\n")
     return "\n".join(text)
 
 
-def plot(path):
-    """Figure 2 of Valvoda et al.: one panel a metric, one line for each method and model -> the files written."""
+def report(results, examples=()):
+    """A run's test table, and some answers."""
+    rows = []
+    for part in "test", "test_unseen":
+        name = f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)"
+        rows.append({"Test pairs": name, "Method": results["method"], "Swap": mean_std([results["swap"]], 3),
+                     **metric_cells([results[part]])})
+    text = [f"\n    query: {' / '.join(e['query'])}\nreference: {e['reference']}\n response: {e['response']}"
+            for e in examples]
+    return "\n".join([markdown(rows), *text])
+
+
+def compare(paths, queries=None, device="auto", dtype="auto"):
+    """The answers of several runs side by side, as a Markdown table: to ten of their common test queries, evenly
+    spaced, or to the lines of a file. Raises UsageError where the runs' test pairs differ."""
+    columns = {}
+    if queries:
+        asked = [line for line in map(clean_turn, Path(queries).read_text(encoding="utf-8-sig").splitlines()) if line]
+        for path in paths:
+            run = load_run(path, device, dtype)
+            columns[str(path)] = [run.reply(query) for query in asked]
+    else:
+        for path in paths:
+            lines = [json.loads(line) for line in (path / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+            pairs = [(" / ".join(line["query"]), line["reference"]) for line in lines]
+            if path == paths[0]:
+                common = pairs
+            if pairs != common:
+                raise UsageError(f"{path} was not tested on the same pairs as {paths[0]}: ask them the lines of a "
+                                 f"file, --queries FILE")
+            columns[str(path)] = [line["response"] for line in lines][::math.ceil(len(lines) / 10) or 1]
+        asked = [query for query, _ in common][::math.ceil(len(common) / 10) or 1]
+    return markdown([{"query": query, **{path: answers[i] for path, answers in columns.items()}}
+                     for i, query in enumerate(asked)], words=1 + len(columns))
+
+
+@torch.no_grad()
+def explain(run, query, queries):
+    """Look inside a prompt -> text: the words nearest to each of its vectors (`dynamic`, say), the reply, and the reply
+    behind the prompts of three other queries, token lists that are at least as long."""
+    model, decode, ids = run.model, run.tokenizer.decode, run.encode_query(query)
+    lines = []
+    if not model.encoder.writes_past:
+        prompt = model.prompt(model.batch([(ids, [])]))[0]                                      # (k, C)
+        words = torch.nn.functional.normalize(model.gpt.wte.weight, dim=-1)                     # by angle
+        for i, nearest in enumerate((prompt @ words.T).topk(5).indices.tolist()):
+            token = decode([ids[i]]) if len(prompt) == len(ids) else str(i)
+            lines.append(f"{token!r:>16}  ->  " + "  ".join(repr(decode([word])) for word in nearest))
+    own = run.tokenizer.encode_ordinary(run.answer([ids])[0]) + [run.tokenizer.eot_token]
+    others = sorted((other for other in queries if len(other) >= len(ids) and other != ids), key=len)[:3]
+    for other in [ids, *others]:                        # swapped, the first row gets the prompt of the last
+        loss = model([(ids, own), (other, own)], swapped=True)[:len(own)].mean().item()
+        answer = run.answer([ids, other], swapped=True)[0]
+        lines.append(f"behind the prompt of {decode(other[:-1])!r}: {answer!r}  (loss of the own reply: {loss:.2f})")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ figures, chat, and export
+
+COLORS = {method: f"C{i}" for i, method in enumerate(METHODS)}          # a method's colour is the same in every figure
+
+
+def new_figure(width, height):
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure            # without pyplot: no window, and a notebook's settings stay
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    lines = defaultdict(lambda: defaultdict(list))
-    for config, results in finished_runs(path):
-        name = short(config["data"]) + context(config), config["method"] + ablation(config), short(config["model"])
-        if results["test"]["n"]:                        # without test pairs, its metrics are null
-            lines[name][config["fraction"]].append(results["test"])
-    data, methods, models = ({k[i]: None for k in sorted(lines)} for i in range(3))
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for panel, metric in zip(panels, ("bleu4", "novelty", "diversity")):
-        for name, points in sorted(lines.items()):
-            _, method, model = name
-            x = sorted(points)
-            label = ", ".join(n for n, many in zip(name, (data, methods, models)) if len(many) > 1 or n == method)
-            panel.plot([100 * f for f in x], [statistics.fmean(r[metric] for r in points[f]) for f in x],
-                       color=f"C{list(methods).index(method)}", linestyle="--" if "dialogpt" in model.lower() else "-",
-                       marker="o", markersize=4, label=label)
-        panel.set_title(METRICS[metric][0])
-        panel.set_xlabel("training data (%)")
-        panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    files = [Path(path) / "figure2.png", Path(path) / "figure2.svg"]
+        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, folder, name):
+    files = [folder / f"{name}.png", folder / f"{name}.svg"]
     for file in files:
         figure.savefig(file, dpi=150)
     return files
 
 
+def plot_curves(folder):
+    """A run's losses and its validation BLEU4 over the epochs, the tested one marked -> files written."""
+    config, results = read_json(folder / "config.json"), folder / "results.json"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure, epochs, color = new_figure(10, 4), [line["epoch"] for line in log], COLORS[config["method"]]
+    losses, bleu = figure.subplots(1, 2)
+    losses.plot(epochs[1:], [line["train_loss"] for line in log[1:]], "--o", color="gray", label="training")
+    losses.plot(epochs, [line["val_loss"] for line in log], "-o", color=color, label="validation")
+    bleu.plot(epochs, [line["val_bleu4"] for line in log], "-o", color=color, label="validation")
+    for panel, title in (losses, "loss per response token (nats)"), (bleu, "BLEU4"):
+        if results.exists():
+            panel.axvline(read_json(results)["epoch"], color="black", linewidth=1, linestyle=":", label="tested")
+        panel.set(xlabel="epoch", title=title, xticks=epochs[::len(epochs) // 10 + 1])
+        panel.grid(alpha=0.3)
+        panel.legend()
+    data, model = short_name(config["data"]), short_name(config["model"])
+    figure.suptitle(f"{config['method']} on {data}, {model}, seed {config['seed']}", parse_math=False)
+    return save_figure(figure, folder, "curves")
+
+
+def plot_runs(path):
+    """Figure 2 of Valvoda et al.: BLEU4, novelty and diversity over the training fraction, a row of panels for each
+    data set and model, a line for each method -> files written. Bars are standard deviations over seeds."""
+    rows = defaultdict(lambda: defaultdict(list))
+    for config, label, results in grouped_runs(path):
+        n, unseen = results[0]["test"]["n"], results[0]["test_unseen"]["n"]
+        name = f"{short_name(config['data'])}{query_note(config)}, {short_name(config['model'])}"
+        if unseen:                                      # without unseen pairs, their metrics are null
+            title = f"{name}: {n:,} test pairs (solid), {unseen:,} of them unseen (dotted)"
+            rows[title][label, config["method"]].append((config["fraction"], results))
+    if not rows:
+        raise ValueError(f"{path} has no run with unseen test pairs, so there is nothing to draw")
+    figure = new_figure(13, 4 * len(rows))
+    for (name, lines), part in zip(rows.items(), figure.subfigures(len(rows), squeeze=False)[:, 0]):
+        part.suptitle(f"{name}; bars: standard deviation over seeds", parse_math=False)
+        panels = part.subplots(1, 3)
+        for panel, metric in zip(panels, ("bleu4", "novelty", "diversity")):
+            for marker, ((label, method), points) in zip("osD^vPX*<>" * len(lines), sorted(lines.items())):
+                for test, style, name in ("test", "-", label), ("test_unseen", ":", None):
+                    values = [[r[test][metric] for r in results] for _, results in points]
+                    spread = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in values]
+                    panel.errorbar([100 * x for x, _ in points], list(map(statistics.fmean, values)), spread,
+                                   label=name, color=COLORS[method], linestyle=style, marker=marker, markersize=4,
+                                   capsize=3)
+            panel.set(title=COLUMNS[metric][0], xlabel="training data (%)", ylim=(0, None))
+            panel.grid(alpha=0.3)
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return save_figure(figure, Path(path), "figure2")
+
+
 def chat(run, temperature, top_p):
-    """Talk to a run: it reads the last N turns, as it was trained to. End of input or Ctrl-C ends."""
-    config, turns = run.config, []
-    print(f"{config['method']} on {short(config['model'])} reads the last {config['turns']} turn(s). Ctrl-D or Ctrl-C ends.")
-    sys.stdin.reconfigure(errors="replace")
+    """Talk to a run: it reads the last N turns, as it was trained to. An empty line begins a new dialogue."""
+    with contextlib.suppress(ImportError):
+        import readline                                 # noqa: F401: it gives `input` arrow keys and a history
+    method, turns = run.config["method"], []
+    print(f"{method} reads the last {run.config['turns']} turn(s). An empty line begins a new dialogue, Ctrl-D ends.")
+    with contextlib.suppress(AttributeError):
+        sys.stdin.reconfigure(errors="replace")
     try:
         while True:
-            said = input("you: ").strip()
-            if said:
-                turns.append(said)
-                turns.append(run.reply(turns, temperature, top_p))
-                print(f"{config['method']}: {turns[-1]}", flush=True)
+            said = clean_turn(input("you: "))
+            if not said:
+                turns = []
+                continue
+            turns.append(said)
+            turns.append(run.reply(turns, temperature, top_p))
+            print(f"{method}: {turns[-1]}", flush=True)
     except (EOFError, KeyboardInterrupt):
         print()
 
 
 def export(run, target):
-    """Write a finetune run as a checkpoint for transformers, a prompt-tuning, p-tuning or prefix run as an adapter for peft."""
-    config, model, source = run.config, run.model, checkpoint_folder(run.config["model"])
+    """Write a finetune run as a checkpoint for transformers, one of prompt-tuning, p-tuning or prefix for peft."""
+    method, model, source = run.config["method"], run.model, checkpoint_folder(run.config["model"])
     kinds = {"finetune": None, "prompt-tuning": "PROMPT_TUNING", "p-tuning": "P_TUNING", "prefix": "PREFIX_TUNING"}
-    if config["method"] not in kinds:
-        raise UsageError(f"a {config['method']} prompt has no form that transformers or peft could load; --export takes "
-                         f"runs of {', '.join(kinds)}")
-    if config["method"] != "finetune" and model.gpt.wte.weight.requires_grad:
+    if method not in kinds:
+        raise UsageError(f"a {method} prompt has no form that transformers or peft could load; --export takes runs of "
+                         f"{', '.join(kinds)}")
+    if method != "finetune" and model.gpt.wte.weight.requires_grad:
         raise UsageError("an adapter holds a prompt alone, but this run trained the word embeddings, too")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty, expected a new folder")
-    if config["method"] == "finetune":
+    if method == "finetune":
         model.gpt.save_pretrained(target)
         for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
             if (source / name).exists():
@@ -539,93 +669,112 @@ def export(run, target):
         return
     encoder, c = model.encoder, model.gpt.config
     with torch.no_grad():           # as peft saves them: the virtual tokens themselves, not the network that made them
-        prompt = encoder.mlp(encoder.table) if config["method"] == "prefix" else encoder(torch.zeros(1, 1, c.n_embd), None)[0]
+        prompt = encoder.mlp(encoder.table) if encoder.writes_past else encoder(torch.zeros(1, 1, c.n_embd), None)[0]
     target.mkdir(parents=True, exist_ok=True)
     write_safetensors(target / "adapter_model.safetensors", {"prompt_embeddings": prompt})
     write_text(target / "adapter_config.json", json.dumps({
-        "peft_type": kinds[config["method"]], "task_type": "CAUSAL_LM", "num_virtual_tokens": len(prompt),
-        "token_dim": c.n_embd, "num_layers": c.n_layer, "num_attention_heads": c.n_head, "num_transformer_submodules": 1,
+        "peft_type": kinds[method], "task_type": "CAUSAL_LM", "num_virtual_tokens": len(prompt), "token_dim": c.n_embd,
+        "num_layers": c.n_layer, "num_attention_heads": c.n_head, "num_transformer_submodules": 1,
         "base_model_name_or_path": str(source), "inference_mode": True}, indent=2) + "\n")
     print(f"wrote {target}: load it with peft.PeftModel.from_pretrained(gpt, '{target}')")
 
 
-def report(results, examples=()):
-    """A run's test table, and some answers."""
-    name = f"{results['method']}, {short(results['model'])}"
-    rows = [(f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)", name, [results[part]])
-            for part in ("test", "test_unseen")]
-    text = [f"\n    query: {' / '.join(e['query'])}\nreference: {e['reference']}\n response: {e['response']}"
-            for e in examples]
-    return "\n".join([markdown(rows), *text])
-
-
 # ------------------------------------------------------------------------------------------------------- command line
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists the flags)")
+
 
 def run_command(main):
     """Run main(); what a user can cause ends in one sentence: status 2 for usage, 1 for data, checkpoint or folder."""
-    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")      # who starts us may close them
-    sys.stdout.reconfigure(errors="replace")            # a log file on Windows cannot hold every character
+    with contextlib.suppress(AttributeError):           # a notebook's stdout has no such method
+        sys.stdout.reconfigure(errors="replace")        # a log file on Windows cannot hold every character
     try:
         main()
-    except (ValueError, OSError) as error:
-        missing = isinstance(error, FileNotFoundError) and error.filename
-        print("error: " + (f"{error.filename} is missing" if missing else " ".join(str(error).split())), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory|CUDA|cuDNN|NCCL", str(error)):
-            raise
-        memory = "memory" in str(error)
-        print("error: " + ("out of memory: lower --batch-size, --max-query or --max-response, or choose a smaller --model"
-                           if memory else "the GPU failed: try --device cpu, which says more exactly what is wrong")
-              + f" ({str(error).splitlines()[0]:.200})", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, FileNotFoundError) and error.filename:
+            text = f"{error.filename} is missing"
+        elif type(error) is not RuntimeError and not isinstance(error, torch.OutOfMemoryError):
+            pass
+        elif "memory" in text:
+            text = f"out of memory: lower --batch-size or --max-query, or choose a smaller --model ({text:.200})"
+        elif re.search("CUDA|cuDNN|NCCL", text):
+            text = f"the GPU failed: try --device cpu, which says more exactly what is wrong ({text:.200})"
+        else:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, shown = parser.add_argument, " (default: %(default)s)"
-    add("path", type=Path, nargs="?", help="a run's folder; for --table and --plot, a folder with runs below it")
-    modes = parser.add_mutually_exclusive_group()
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("paths", type=Path, nargs="*", metavar="RUN", help="a run's folder, or (--table, --plot) one above")
     modes.add_argument("--chat", action="store_true", help="talk to the run")
+    modes.add_argument("--explain", metavar="QUERY", help="what the prompt for this query looks like, and does")
     modes.add_argument("--export", type=Path, metavar="FOLDER", help="write the run as a checkpoint or an adapter")
+    modes.add_argument("--compare", action="store_true", help="print the runs' answers side by side, in Markdown")
     modes.add_argument("--table", action="store_true", help="print all runs below the folder, in Markdown")
-    modes.add_argument("--plot", action="store_true", help="draw all runs below the folder: figure2.png and .svg there")
-    modes.add_argument("--lookup", action="store_true", help="score the dictionary that answers seen queries by heart")
-    add("--data", default="sample", help="for --lookup: sample, dailydialog, multiwoz, a folder or a text file" + shown)
-    add("--temperature", type=float, default=0.0, help="for --chat: 0 is greedy, 1 samples from the model's own distribution" + shown)
-    add("--top-p", type=float, default=1.0, help="for --chat: sample from this share of the probability" + shown)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..." + shown)
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the products; auto: as the run was asked for")
+    modes.add_argument("--plot", action="store_true", help="draw the run's curves, or figure 2 of all runs below")
+    modes.add_argument("--lookup", action="store_true", help="score the dictionary and the human references")
+    add("--data", help="with --lookup: as in train.py (default: sample); else where a run's dialogues are now")
+    add("--model", help="where a run's model is now, if it has moved")
+    add("--queries", type=Path, metavar="FILE", help="with --compare: ask the runs the lines of this file")
+    add("--overwrite", action="store_true", default=None, help="replace results.json though the code has changed")
+    add("--temperature", type=float, help="with --chat: 0 is greedy (default), 1 samples from the model's distribution")
+    add("--top-p", type=float, help="with --chat: sample from this share of the probability (default: 1)")
+    add("--device", help="auto (default), cpu, cuda, cuda:1 ... or mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the products (default: as in training)")
     args = parser.parse_args()
-    if args.temperature < 0 or not math.isfinite(args.temperature):
-        parser.error(f"--temperature {args.temperature}: expected 0 or more")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p {args.top_p}: expected more than 0 and at most 1")
-    if args.path is None and not args.lookup:
-        parser.error("a run's folder is expected (or --lookup)")
-    if args.lookup:
-        results = lookup_results(args.data)
-        print(markdown([(f"{args.data}, {part.replace('_', ', ')} ({m['n']:,} pairs)", "lookup", [m])
-                        for part, m in results.items()]))
-    elif args.table:
-        print(table(args.path))
-    elif args.plot:
-        print("wrote", *plot(args.path))
-    elif args.export:
-        export(load_run(args.path, "cpu", "float32"), args.export)
+    names = ("chat", "explain", "export", "compare", "table", "plot", "lookup")
+    mode = next((name for name in names if getattr(args, name)), "scoring")
+    useful = {"data": ("scoring", "explain", "lookup"), "model": ("scoring", "chat", "explain", "export"),
+              "queries": ("compare",), "overwrite": ("scoring",), "temperature": ("chat",), "top_p": ("chat",),
+              "device": ("scoring", "chat", "explain", "compare"), "dtype": ("scoring", "chat", "explain", "compare")}
+    for flag, having in useful.items():
+        if getattr(args, flag) is not None and mode not in having:
+            parser.error(f"--{flag.replace('_', '-')} has no use here, it is for {', '.join(having)}")
+    if mode == "compare" and not args.paths or mode != "compare" and len(args.paths) != (mode != "lookup"):
+        parser.error(f"{len(args.paths)} folders are given, expected {'none' if mode == 'lookup' else 'a run'}")
+    path, device, dtype = Path(*args.paths[:1]), args.device or "auto", args.dtype or "auto"
+    if mode == "lookup":
+        for name, results in baselines(args.data or "sample").items():
+            print(report({"method": name, "swap": None, **results}))
+    elif mode == "table":
+        print(table(path))
+    elif mode == "plot":
+        print("wrote", *(plot_curves if (path / "log.jsonl").exists() else plot_runs)(path))
+    elif mode == "compare":
+        print(compare(args.paths, args.queries, device, dtype))
+    elif mode == "export":
+        export(load_run(path, "cpu", "float32", args.model), args.export)
+    elif mode == "chat":
+        run, top_p = load_run(path, device, dtype, args.model), 1.0 if args.top_p is None else args.top_p
+        chat(run, args.temperature or 0.0, top_p)
     else:
-        run = load_run(args.path, args.device, args.dtype)
-        splits = load_splits(run.config, run.tokenizer)                 # refuses dialogues that have changed
-        if args.chat:
-            chat(run, args.temperature, args.top_p)
-            return
-        results, generations = run.test(splits, run.best)
-        finished = (args.path / "results.json").exists()        # a run that can be resumed must not come to look finished
-        if finished:
-            write_test(args.path, results, generations)
-        print(report(results) + "\n\nThe run is unfinished: nothing was written." * (not finished))
+        run = load_run(path, device, dtype, args.model, args.data)
+        splits = load_splits(run.config, run.tokenizer)             # refuses dialogues that have changed
+        if mode == "explain":
+            print(explain(run, args.explain, [query for query, _ in splits.examples["test"]]))
+        else:
+            rescore(run, splits, path, args.overwrite)
+
+
+def rescore(run, splits, path, overwrite):
+    """Score a run on its test set again, print the table, and only then replace what it wrote before."""
+    results, generations = run.test(splits, run.best)
+    print(report(results))
+    if not (path / "results.json").exists():            # a run that can be resumed must not come to look finished
+        print("\nThe run is unfinished: nothing was written.")
+    elif read_json(path / "config.json").get("code") != run.code and not overwrite:
+        print("\nmodel.py or prompt_encoder.py has changed since this run began, so these may be another model's "
+              "scores: nothing was written (--overwrite replaces results.json).")
+    else:
+        run.write_results(path, results, generations)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn
 
 Shape letters, the same in every file of this project:
     B batch    T tokens    C embedding width    H heads    D = C / H, width of a head    L layers    V vocabulary
-    P positions before the row, there as keys and values: a prefix's, or those in the KV cache
+    P positions that stand before the row as keys and values: those of a prefix, or of the KV cache
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -41,29 +41,30 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: softmax(q k^T / sqrt(D)) v, where every position reads itself and what stands before it."""
+    """Causal self-attention: softmax(q k^T / sqrt(D)) v, where each position reads itself and those before it."""
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, f"n_embd {config.n_embd} does not divide into {config.n_head} heads"
+        assert config.n_embd % config.n_head == 0, f"n_embd {config.n_embd} does not divide into n_head {config.n_head}"
         self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)       # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, past=None, mask=None):
-        """x (B, T, C) -> y (B, T, C), and the keys and values (B, H, P + T, D) of all that could be read.
+        """x (B, T, C) -> y (B, T, C), and the keys and values, each (B, H, P + T, D), of all that could be read.
 
-        past: keys and values (B, H, P, D) that stand before the row; they are read as if they were part of it.
-        mask: added to the scores, (B or 1, 1, T, P + T): 0 where a position may be read, -inf elsewhere; None: causal, every
-        position reads the past, itself and what stands before it.
+        past: keys and values, each (B, H, P, D), of what stands before the row: every position may read them.
+        mask: True where a position may be read, (B or 1, 1, T, P + T): elsewhere the score becomes -inf, which softmax
+        turns into 0. None: every position reads the past, itself, and what stands before it in the row.
         """
         B, T, C = x.shape
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                # (B, T, C) -> (B, H, T, D)
                    for t in self.c_attn(x).split(C, dim=2))
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
-            if mask is None:            # `is_causal` aligns its triangle at the top left: row 0 would read one past position
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            if mask is None:            # `is_causal` would let row 0 read position 0 alone; here it reads P + 1 of them
+                P = k.size(2) - T
+                mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)              # (B, H, T, D) -> (B, T, C)
@@ -105,7 +106,7 @@ def init_weights(module):
 
 
 class GPT(nn.Module):
-    """GPT-2, with the output layer tied to the word embeddings.
+    """GPT-2, with the output layer tied to the word embeddings: wte is its first and its last matrix.
 
     >>> gpt = GPT.from_pretrained("tiny/tiny-gpt2")
     >>> gpt(torch.tensor([[1, 2, 3]])).shape
@@ -120,10 +121,9 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.suppress_tokens = []       # ids that `generate` never chooses: rows of wte that stand for no word
         self.apply(init_weights)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):      # 2L branches add into the residual stream: it must not grow with depth
+            if name.endswith("c_proj.weight"):      # 2L branches add into the residual stream: it shall not grow
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids):
@@ -131,25 +131,20 @@ class GPT(nn.Module):
         hidden, _ = self.hidden_states(self.wte(ids))
         return self.logits(hidden)
 
-    def hidden_states(self, x, past=None, readable=None, positions=None):
-        """Input embeddings (B, T, C), without positions -> last hidden states (B, T, C), and each layer's keys and values.
+    def hidden_states(self, x, past=None, mask=None, positions=None):
+        """Input embeddings (B, T, C), without positions -> last hidden states (B, T, C), each layer's keys and values.
 
         Prompts enter here: embeddings as a part of x, keys and values as `past`.
         past: for each layer the (keys, values) that stand before the row, each (B, H, P, D).
-        readable: with a past, True where a position may be read, (B, P + T), for rows of one token (T = 1); None: all before.
-        positions: position ids (B, T) or (T,); None: P, P + 1, ...
+        mask: as in `Attention.forward`. positions: position ids (B, T) or (T,); None: P, P + 1, ...
         Raises ValueError for more positions than the model has.
         """
-        T, P, mask = x.size(1), past[0][0].size(2) if past else 0, None
+        T, P = x.size(1), past[0][0].size(2) if past else 0
         if positions is None:
             if P + T > self.config.n_positions:
                 raise ValueError(f"{P + T} positions are asked for, but the model's n_positions is "
                                  f"{self.config.n_positions}")
             positions = torch.arange(P, P + T, device=x.device)
-        if past is not None:            # one mask for all layers
-            if readable is None:
-                readable = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
-            mask = additive_mask(readable, x).view(-1, 1, T, P + T)
         x = self.drop(x + self.wpe(positions))
         presents = []
         for layer, block in enumerate(self.h):
@@ -158,7 +153,7 @@ class GPT(nn.Module):
         return self.ln_f(x), presents
 
     def logits(self, hidden):
-        """Hidden states (..., C) -> float32 logits (..., V). Ask for few positions: V is large, this is the widest layer.
+        """Hidden states (..., C) -> float32 logits (..., V). Ask for few positions: V is large.
 
         GPT-2's logits lie between -30 and -110, where neighbours in bfloat16 are 0.25 to 0.5 apart: rounded so, many
         tokens would tie for the first place. So this product is not autocast.
@@ -168,24 +163,28 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ generating text
 
-    def generate(self, queries, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
+    def generate(self, queries, max_new_tokens=40, eot=None, **options):
         """Continue each query until `eot` or for max_new_tokens, all in one batch.
 
-        queries: a list of token lists, or a (B, T) tensor. eot: the token that ends an answer; None: the checkpoint's own.
-        temperature 0 is greedy; otherwise tokens are drawn from the smallest set that holds top_p of the probability.
-        Returns a list of token lists, without eot. Raises ValueError for an empty query, or one that leaves too few of the
-        n_positions.
+        queries: a list of token lists, or a (B, T) tensor. eot: the token that ends an answer; None: the checkpoint's.
+        options: temperature, top_p (see `sample_next_token`; by default greedy), suppress_tokens (see `generate_from`).
+        Returns a list of token lists, without eot. Raises ValueError for an empty query, or one that leaves too few of
+        the n_positions, and FloatingPointError where the logits are not finite.
         """
         if len(queries) == 0:
             return []
-        ids = pad_sequence([torch.as_tensor(query, dtype=torch.int64) for query in queries], batch_first=True)
+        rows = token_rows(queries)
         with evaluation(self):
-            x = self.wte(to_device(ids, self.wte.weight.device))
-            return self.generate_from(x, [len(query) for query in queries], None, max_new_tokens, eot, temperature, top_p)
+            x = self.wte(to_device(pad_sequence(rows, batch_first=True), self.wte.weight.device))
+            return self.generate_from(x, [len(row) for row in rows], None, max_new_tokens, eot, **options)
 
-    def generate_from(self, x, lengths, past, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
-        """Like `generate`, from input embeddings x (B, T, C), padded on the right to `lengths` (a list of B numbers), and a
-        `past` as in `hidden_states`, or None. To be called within `evaluation`."""
+    def generate_from(self, x, lengths, past, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0,
+                      suppress_tokens=()):
+        """Like `generate`, from input embeddings x (B, T, C), padded on the right to `lengths` (a list of B numbers),
+        and a `past` as in `hidden_states`, or None. To be called within `evaluation`.
+
+        suppress_tokens: ids that are never chosen, for instance rows of wte that stand for no word.
+        """
         c, (B, T, _), device = self.config, x.shape, x.device
         P = past[0][0].size(2) if past else 0
         eot = c.eot if eot is None else eot
@@ -194,8 +193,9 @@ class GPT(nn.Module):
         if P + max(lengths) + max_new_tokens > c.n_positions:
             raise ValueError(f"prompt, query and answer need {P + max(lengths) + max_new_tokens} positions, "
                              f"but the model's n_positions is {c.n_positions}")
-        suppressed = torch.zeros(c.vocab_size).index_fill(0, torch.tensor(self.suppress_tokens, dtype=torch.int64), -math.inf)
-        ends, suppressed = to_device(torch.tensor(lengths), device), to_device(suppressed, device)
+        suppressed = torch.zeros(c.vocab_size)
+        suppressed[list(suppress_tokens)] = -math.inf
+        suppressed, ends = to_device(suppressed, device), to_device(torch.tensor(lengths), device)
         answers, rows = [[] for _ in lengths], list(range(B))           # rows: those that have not ended
         # Prefill: one pass over the rows. What is real never reads the padding behind it; later tokens must not either.
         hidden, past = self.hidden_states(x, past)
@@ -206,6 +206,9 @@ class GPT(nn.Module):
             tokens = sample_next_token(self.logits(hidden[:, 0]) + suppressed, temperature, top_p)      # (B,)
             alive = []
             for i, token in enumerate(tokens.tolist()):                 # a GPU is waited for here, and nowhere else
+                if token == NOT_FINITE:
+                    raise FloatingPointError("the logits are NaN or infinite, so there is no next token; in float16 "
+                                             "large numbers overflow: try float32")
                 if token != eot:
                     answers[rows[i]].append(token)
                     alive.append(i)
@@ -215,8 +218,8 @@ class GPT(nn.Module):
                 rows, kept = [rows[i] for i in alive], to_device(torch.tensor(alive), device)
                 tokens, readable, positions = tokens[kept], readable[kept], positions[kept]
                 past = [(k[kept], v[kept]) for k, v in past]
-            readable = F.pad(readable, (0, 1), value=True)
-            hidden, past = self.hidden_states(self.wte(tokens)[:, None], past, readable, positions)
+            readable = F.pad(readable, (0, 1), value=True)                                      # (B, P + T + n)
+            hidden, past = self.hidden_states(self.wte(tokens)[:, None], past, readable[:, None, None], positions)
             positions = positions + 1
         return answers
 
@@ -229,39 +232,33 @@ class GPT(nn.Module):
 
         Raises OSError for a missing file, ValueError for a file that is broken or holds something else than a GPT-2.
         """
-        folder = Path(folder)
-        config = read_config(folder / "config.json")
-        config.dropout = dropout
-        with torch.device("meta"):              # shapes only: no memory, no random numbers
-            gpt = cls(config)
-        expected, found, unexpected = gpt.state_dict(), {}, []
+        folder, found = Path(folder), {}
+        with reading(folder / "config.json"), torch.device("meta"):     # shapes only: no memory, no random numbers
+            gpt = cls(read_config(folder / "config.json", dropout))
+        shapes = {name: t.shape for name, t in gpt.state_dict().items()}
         for path in weight_files(folder):
-            for name, tensor in read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path):
-                # What stands before GPT-2's own names (transformer. module. model.) comes from a module around it.
-                name = re.sub(r"^.*?\b(wte|wpe|ln_f|lm_head|h\.\d+)\.", r"\1.", name)
-                if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal triangle, stored by old versions
-                    continue
-                name = {"lm_head.weight": "wte.weight", "lm_head.decoder.weight": "wte.weight"}.get(name, name)     # tied
-                if name not in expected:
-                    unexpected.append(name)
-                    continue
-                if is_conv1d(name) and tensor.dim() == 2:
-                    tensor = tensor.t()
-                if tensor.shape != expected[name].shape:
-                    raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, "
-                                     f"but config.json asks for {list(expected[name].shape)}")
-                tensor = tensor.float().contiguous()
-                if not torch.stack(tensor.aminmax()).isfinite().all():          # without a second tensor of its size
-                    raise ValueError(f"{path}: {name} holds NaN or infinite numbers, expected a trained model's weights")
-                if name in found and not torch.equal(found[name], tensor):
-                    raise ValueError(f"{path} holds two different tensors for {name}; GPT-2's output layer (lm_head) is "
-                                     f"tied to wte")
-                found[name] = tensor
-        missing = sorted(expected.keys() - found.keys())
-        if missing or unexpected:
-            raise ValueError(f"{folder} does not hold a plain GPT-2 of the shape in config.json: "
-                             f"missing {some(missing)}; unexpected {some(unexpected)}")
-        gpt.load_state_dict(found, assign=True)
+            with reading(path):
+                tensors = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path).items()
+                for name, tensor in tensors:
+                    # What stands before GPT-2's own names (transformer. module. model.) comes from a module around it.
+                    name = re.sub(r"^.*?\b(wte|wpe|ln_f|lm_head|h\.\d+)\.", r"\1.", name)
+                    if name in ("lm_head.weight", "lm_head.decoder.weight"):    # tied
+                        name = "wte.weight"
+                    if name.endswith((".attn.bias", ".attn.masked_bias")):      # old files hold the causal triangle
+                        continue
+                    if tensor.untyped_storage().nbytes() < tensor.nbytes:
+                        raise ValueError(f"{name} repeats a few numbers in a large shape, expected trained weights")
+                    if is_conv1d(name):
+                        tensor = tensor.t()
+                    if tensor.shape == shapes.get(name):                # else load_state_dict says what is wrong
+                        tensor = tensor.float().contiguous()
+                        if not torch.stack(tensor.aminmax()).isfinite().all():
+                            raise ValueError(f"{name} holds NaN or infinite numbers, expected trained weights")
+                        if not torch.equal(found.get(name, tensor), tensor):
+                            raise ValueError(f"two different tensors for {name}; GPT-2's lm_head is tied to wte")
+                    found[name] = tensor
+        with reading(folder):
+            gpt.load_state_dict(found, assign=True)
         return gpt.eval()
 
     def save_pretrained(self, folder, dtype=torch.float32):
@@ -273,9 +270,17 @@ class GPT(nn.Module):
                   "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner,
                   "layer_norm_epsilon": c.layer_norm_epsilon, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
                   "bos_token_id": c.eot, "eos_token_id": c.eot}
-        write_safetensors(folder / "model.safetensors", {
-            f"transformer.{name}": (t.t() if is_conv1d(name) else t).to(dtype) for name, t in self.state_dict().items()})
-        replace(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+        tensors = {name: t.t() if is_conv1d(name) else t for name, t in self.state_dict().items()}
+        write_safetensors(folder / "model.safetensors", {f"transformer.{n}": t.to(dtype) for n, t in tensors.items()})
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def token_rows(queries):
+    """A list of token lists, or a (B, T) tensor -> a list of B tensors. Raises ValueError for anything else."""
+    rows = [torch.as_tensor(query, dtype=torch.int64) for query in queries]
+    if any(row.dim() != 1 for row in rows):
+        raise ValueError("expected a list of token lists, as [[1, 2, 3]], or a (B, T) tensor")
+    return rows
 
 
 @contextmanager
@@ -290,21 +295,82 @@ def evaluation(module):
         module.train(was_training)
 
 
-def additive_mask(readable, x):
-    """True where a position may be read -> 0 there and -inf elsewhere, in the type in which x enters attention."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return torch.zeros(readable.shape, dtype=dtype, device=x.device).masked_fill(~readable, -math.inf)
+NOT_FINITE = -100               # the "token" of logits that are NaN or infinite
 
 
-def sample_next_token(logits, temperature, top_p):
-    """Logits (B, V) -> the next token of each row (B,): the likeliest, or one drawn from the top_p nucleus."""
+def sample_next_token(logits, temperature=0.0, top_p=1.0):
+    """Logits (B, V) -> the next token of each row (B,); NOT_FINITE where the logits are NaN or infinite.
+
+    temperature 0 takes the likeliest; otherwise tokens are drawn from the smallest set that holds top_p of the
+    probability.
+    Raises ValueError for a negative temperature, or a top_p that is no share.
+    """
+    if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
+        raise ValueError(f"temperature {temperature} and top_p {top_p}, expected 0 or more, and a number from 0 to 1")
+    finite = logits.amax(dim=-1).isfinite()             # the maximum of a row with NaN is NaN
     if temperature < 1e-6:                              # 0, or so little that to divide by it would overflow
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1).where(finite, NOT_FINITE)
+    logits = logits.where(finite[:, None], 0.0)         # a GPU stops the whole program at NaN probabilities
     probs, ids = F.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
     probs[probs.cumsum(dim=-1) - probs >= top_p] = 0            # what stands before a token already fills the nucleus
     probs[:, 0] += (probs[:, 0] == 0)                           # top_p 0 leaves the likeliest
-    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
+    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1).where(finite, NOT_FINITE)
+
+
+# --------------------------------------------------------------------------------------------------- device and type
+
+class UsageError(ValueError):
+    """What was asked for cannot be: the command line ends with status 2."""
+
+
+def choose_device(device="auto", dtype="auto"):
+    """The flags --device and --dtype -> torch.device, torch.dtype, and the reason in words. Raises UsageError.
+
+    auto is a GPU that this PyTorch has kernels for, else the CPU; and the fastest type that the device computes
+    natively: bfloat16, or float16 on a GPU that has none (Colab's T4), else float32.
+    """
+    reasons = []
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not gpu_has_kernels():
+            reasons.append("this PyTorch has no kernels for the GPU here, of compute capability "
+                           + "{}.{}".format(*torch.cuda.get_device_capability()))
+            device = "cpu"
+    kind, colon, index = device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}.get(kind, 0)
+    if colon and not index.isdecimal() or int(index or 0) >= there:
+        raise UsageError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
+    native = False
+    if kind == "cuda":
+        device = f"cuda:{index or 0}"
+        torch.cuda.set_device(device)                   # what follows asks about this GPU
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        # On H100 and newer GPUs cuDNN's attention would be tried first, and makes a plan for every new shape of batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif kind == "cpu":                                 # without these instructions, 16 bits are slower than 32
+        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")         # older PyTorch has not all of them
+        native = any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
+    if dtype == "auto":
+        dtype = "bfloat16" if native else "float16" if kind == "cuda" else "float32"
+        reasons.append(f"this {'GPU' if kind == 'cuda' else kind} has {'' if native else 'no '}fast bfloat16")
+    else:
+        reasons.append(f"--dtype {dtype}")
+    if kind == "cuda":                  # cuDNN's own default would round p-tuning's LSTM in float32, too
+        tf32 = dtype != "float32" and torch.cuda.get_device_capability()[0] >= 8
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        if tf32:
+            reasons.append("float32 products, as the output layer's, in TF32")
+    return torch.device(device), getattr(torch, dtype), "; ".join(reasons)
+
+
+def gpu_has_kernels():
+    """Whether this PyTorch was built for the GPU: what is for sm_86 runs on 8.6 to 8.9, for compute_90 from 9.0 on."""
+    capability = torch.cuda.get_device_capability()
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    for kind, major, minor in built:
+        if (int(major), int(minor)) <= capability and (kind == "compute" or int(major) == capability[0]):
+            return True
+    return not built                                    # ROCm's names are others (gfx90a)
 
 
 def to_device(tensor, device):
@@ -314,59 +380,59 @@ def to_device(tensor, device):
 
 # ------------------------------------------------------------------------------------------------------ files on disk
 
+@contextmanager
+def reading(path):
+    """Whatever goes wrong while a file is read becomes one sentence that names it, in a ValueError; OSErrors stay."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if str(path) in str(error):                     # it names the file already
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+        raise ValueError(f"{path} is not what was expected: {kind}{error}"[:600]) from error
+
+
 def is_conv1d(name):
     """GPT-2's attention and MLP layers are `Conv1D`: stored (in, out), where nn.Linear keeps (out, in)."""
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def some(names):
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(ascii, names[:5])) + more or "nothing"
-
-
-def read_config(path):
-    """Hugging Face's config.json -> GPTConfig. Raises OSError, or ValueError for anything but a plain GPT-2."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: expected a checkpoint folder in Hugging Face's layout") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, expected an object")
+def read_config(path, dropout=0.0):
+    """Hugging Face's config.json -> GPTConfig; what is not there is GPT-2 small's. Raises OSError, or ValueError for
+    anything but a plain GPT-2: loaded silently, its logits would be wrong."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
     plain = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
              "scale_attn_weights": True, "add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False,
              "reorder_and_upcast_attn": False}
-    for key, value in plain.items():                    # loaded silently, the logits of such a model would be wrong
+    for key, value in plain.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
-    raw = {"n_positions": raw.get("n_ctx")} | raw
-    limits = {"vocab_size": 10**7, "n_positions": 10**6, "n_embd": 10**5, "n_layer": 1000, "n_head": 10**4, "n_inner": 10**6}
-    for key, limit in limits.items():
-        if key == "n_inner" and raw.get(key) is None:
-            continue
-        if type(raw.get(key)) is not int or not 0 < raw[key] <= limit:
-            raise ValueError(f"{path}: {key} is {raw.get(key)!r}, expected a whole number from 1 to {limit}")
-    epsilon, eos = raw.get("layer_norm_epsilon", 1e-5), raw.get("eos_token_id")
-    if raw["n_embd"] % raw["n_head"]:
-        raise ValueError(f"{path}: n_embd {raw['n_embd']} does not divide into n_head {raw['n_head']} heads")
-    if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
-        raise ValueError(f"{path}: layer_norm_epsilon is {epsilon!r}, expected a number between 0 and 1")
-    if type(eos) is not int or not 0 <= eos < raw["vocab_size"]:
-        eos = None
-    return GPTConfig(**{key: raw.get(key) for key in limits}, layer_norm_epsilon=epsilon, eos_token_id=eos)
+            raise ValueError(f"{key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
+    sizes = {"n_positions": raw.get("n_ctx", 1024)} | {
+        key: raw[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner") if key in raw}
+    for key, size in sizes.items():
+        if size is not None and (type(size) is not int or not 0 < size < 10**7) or key == "n_layer" and size > 1000:
+            raise ValueError(f"{key} is {size!r}, expected a size")
+    eos = raw.get("eos_token_id")
+    return GPTConfig(**sizes, layer_norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)), dropout=dropout,
+                     eos_token_id=eos if type(eos) is int and 0 <= eos < sizes.get("vocab_size", 50257) else None)
 
 
 def weight_files(folder):
-    for name in ("model", "pytorch_model"):
-        suffix = ".safetensors" if name == "model" else ".bin"
-        if files := sorted(folder.glob(name + suffix)) or sorted(folder.glob(f"{name}-*-of-*{suffix}")):
-            return files
+    """The files that hold a checkpoint's weights. Where they are in shards, the index says which ones count."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            with reading(index):
+                return sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
     raise FileNotFoundError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin")
 
 
-def load_plain(path):
-    """torch.load for tensors, numbers and text alone: any other pickle could run a stranger's code. Raises ValueError."""
+def load_tensors(path):
+    """torch.load for tensors, numbers and text alone: any other pickle could run a stranger's code, and is refused."""
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -375,55 +441,29 @@ def load_plain(path):
                              f"({type(error).__name__})") from None
 
 
-def read_pickle(path):
-    """Tensors of a pytorch_model.bin, as (name, tensor). Raises ValueError."""
-    def is_plain(t):                            # neither sparse nor few bytes repeated into a huge shape
-        return (isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == "cpu"
-                and t.untyped_storage().nbytes() >= t.numel() * t.element_size())
-
-    tensors = load_plain(path)
-    if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in tensors.items()):
-        raise ValueError(f"{path} does not hold a dictionary of names and tensors")
-    for name in list(tensors):
-        yield name, tensors.pop(name)           # so that no second copy of the model stays in memory
-
-
-# safetensors: 8 bytes N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; then raw bytes.
+# safetensors: 8 bytes N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; raw bytes.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """Tensors of a safetensors file, as (name, tensor), one at a time; all is checked before anything is allocated.
-
-    Raises ValueError where the file breaks the format: the header must be sound, and the tensors must tile the data.
-    """
-    with open(path, "rb") as file:
-        size, entries, position = os.fstat(file.fileno()).st_size, [], 0
-        try:
-            n = int.from_bytes(file.read(8), "little")
-            if n > min(size - 8, 100_000_000):
-                raise ValueError(f"its header claims {n} bytes of the file's {size} (at most 100 MB)")
-            header = json.loads(file.read(n).decode("utf-8"))
-            header.pop("__metadata__", None)
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-                if len(shape) > 8 or not all(type(i) is int and 0 <= i <= size for i in (begin, end, *shape)):
-                    raise ValueError(f"{name!r} has shape {str(shape):.60} and bytes {begin} to {end}")
-                if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name!r} of shape {shape} begins at byte {begin} and ends at {end}, "
-                                     f"expected {position} and {position + math.prod(shape) * dtype.itemsize}")
-                entries.append((name, dtype, shape, end - begin))
-                position = end
-            if 8 + n + position != size:
-                raise ValueError(f"its tensors end at byte {8 + n + position}, but the file has {size}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is not a sound safetensors file: {type(error).__name__} {str(error):.300}") from None
-        for name, dtype, shape, n_bytes in entries:
-            data = bytearray(n_bytes)
-            if file.readinto(data) != n_bytes:
-                raise ValueError(f"{path} shrank while it was read")
-            yield name, (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape)
+    """Tensors of a safetensors file, as (name, tensor), one at a time. It never asks for more bytes than the file has,
+    and bytes that do not fill a shape do not fit it. Raises ValueError where the file breaks the format."""
+    size = os.path.getsize(path)
+    with reading(path), open(path, "rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        if n > size - 8:
+            raise ValueError("it ends before its header does, or is no safetensors file")
+        header = json.loads(file.read(n))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES or not 0 <= begin < end <= size - 8 - n:
+                raise ValueError(f"{name} is of type {entry['dtype']}, bytes {begin} to {end} of {size - 8 - n}: the "
+                                 f"type is not supported, or the file ends too early")
+            file.seek(8 + n + begin)
+            data = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[entry["dtype"]])
+            yield name, data.view(entry["shape"])
 
 
 def write_safetensors(path, tensors):
@@ -441,11 +481,11 @@ def write_safetensors(path, tensors):
         for t in tensors.values():
             file.write(t.view(-1).view(torch.uint8).numpy())
 
-    replace(path, write)
+    write_atomically(path, write)
 
 
-def replace(path, write):
-    """Let write(file) fill a temporary file, then rename it: whoever looks finds the old file or the new, never half."""
+def write_atomically(path, write):
+    """Let write(file) fill a temporary file, then rename it: whoever looks finds the old one or the new, never half."""
     temporary = Path(f"{path}.tmp")                     # if a kill leaves it behind, the next save takes it away
     try:
         with open(temporary, "wb") as file:
@@ -453,7 +493,13 @@ def replace(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of a full disk, and of Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__
         raise OSError(f"cannot write {path}: {error.__context__ or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))

@@ -1,53 +1,59 @@
-"""Seven ways to prompt a GPT, from the simplest to the richest, and `PromptedGPT`, which joins one of them to a GPT.
+"""Eight ways to prompt a GPT, from the simplest to the richest, and `PromptedGPT`, which joins one of them to a GPT.
 
-A prompt encoder turns the embeddings of a query into a prompt. The prompt reaches the GPT in one of two ways: as prompt
-embeddings, which stand in the row before the query's own embeddings, or as keys and values, which every layer reads before
-the row (the `past` of model.py).
+A prompt encoder turns the embeddings of a query into a prompt. The prompt reaches the GPT in one of two ways: as
+prompt embeddings, which stand in the row before the query's own embeddings, or as keys and values, which every layer
+reads before the row (the `past` of model.py).
 
 The story: a table of free vectors (PromptTuning), one as long as the query (SoftPrompt), the same table seen through an
 LSTM (PTuning) or turned into keys and values (PrefixTuning); then the prompts that depend on what was just said
-(DynamicPrompt, DialogPrompt).
+(DynamicPrompt, DialogPrompt). Two methods have no prompt: FineTuning, and EmbeddingTuning, which shows what one adds.
 
 Shape letters as in model.py; m is the number of tokens in a query, M the longest m of a batch, k a fixed prompt length.
 A mask here is (B, M), True on a query's own tokens.
 """
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Block, evaluation, init_weights, to_device
+from model import Block, evaluation, init_weights, to_device, token_rows
 
 
 # ------------------------------------------------------------------------------------------------ the prompt encoders
 
 class PromptEncoder(nn.Module):
-    """What the seven have in common. A new method overrides what differs, and enters METHODS below."""
+    """What all methods have in common. A new one must override `forward` and, where it writes prompt embeddings,
+    `prompt_length`; the settings below as they differ; and it enters METHODS."""
 
     trains_gpt = False              # whether the GPT's blocks are trained, too
     trains_embeddings = False       # whether the GPT's word embeddings wte, tied to the output layer, are trained, too
     default_length = None           # k, for methods that have one
-    learning_rate = 1e-3            # train.py's default --lr
     writes_past = False             # the prompt is keys and values before the row, not embeddings in it
-    reads_hidden_states = False     # `forward` gets the GPT's last hidden states of the queries, not their word embeddings
+    reads_hidden_states = False     # `forward` gets the GPT's last hidden states of the queries, not word embeddings
+    learning_rate = 1e-3            # train.py's default --lr
+    dropout = 0.0                   # and --dropout, where there is any
+    flags = ()                      # those of train.py that make a difference to some methods alone: this one's
 
-    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
-        """config: a GPTConfig. word_embeddings: wte's weight (V, C), to start from; it is not kept. prompt_length: k, or
-        None. max_query: the longest query, in tokens. layers: the controller's depth, for `DynamicPrompt`."""
+    def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
+        """config: a GPTConfig. word_embeddings: wte's weight (V, C), to start from; it is not kept. prompt_length: k
+        (None: the default). max_query: the longest query, in tokens. layers: depth of `DynamicPrompt`."""
         super().__init__()
-        self.max_query = max_query
+        self.k, self.max_query = prompt_length or self.default_length, max_query
 
-    def length(self, m):
+    def prompt_length(self, m):
         """How many prompt embeddings stand before a query of m tokens: to be overridden where there are any."""
         return 0
 
     def forward(self, queries, mask):
-        """Query embeddings (B, M, C), zero behind each query's end, and mask (B, M), True up to there -> prompt embeddings
-        (B, length(M), C), of which a query of m tokens gets the first length(m). Hidden states are not zero there.
+        """Query embeddings (B, M, C), zero behind each query's end, and mask (B, M), True up to there -> prompt
+        embeddings (B, prompt_length(M), C), of which a query of m tokens gets the first prompt_length(m). Hidden states
+        are not zero there. Where `writes_past`: -> for each layer a pair of keys and values, each (B, H, k, D).
 
-        Where `writes_past`: -> for each layer a pair of keys and values, each (B, H, k, D).
+        What is written for a query must depend neither on the padding behind it nor on its neighbours in the batch:
+        read nothing where `mask` is False. Padding stands on the right; padded on the left, a query's prompt is wrong.
         """
         raise NotImplementedError
 
@@ -57,7 +63,15 @@ class FineTuning(PromptEncoder):
 
         row = [x1, ..., xm, response]           where x = wte(query)
     """
-    trains_gpt, trains_embeddings, learning_rate = True, True, 3e-4
+    trains_gpt, trains_embeddings, learning_rate, dropout, flags = True, True, 3e-4, 0.1, ("dropout",)
+
+    def forward(self, queries, mask):
+        return queries[:, :0]                                                       # (B, 0, C)
+
+
+class EmbeddingTuning(PromptEncoder):
+    """No prompt either: wte alone is trained. By how much `soft` and `dynamic` are better, their prompts have added."""
+    trains_embeddings, learning_rate = True, 5e-4
 
     def forward(self, queries, mask):
         return queries[:, :0]                                                       # (B, 0, C)
@@ -70,29 +84,30 @@ class PromptTuning(PromptEncoder):
     """
     default_length, learning_rate = 20, 3e-2
 
-    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+    def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
-        self.table = nn.Parameter(torch.randn(prompt_length, config.n_embd) * 0.02)
+        self.table = nn.Parameter(torch.randn(self.k, config.n_embd) * 0.02)
 
-    def length(self, m):
-        return len(self.table)
+    def prompt_length(self, m):
+        return self.k
 
     def forward(self, queries, mask):
         return self.table.expand(len(queries), -1, -1)                              # (B, k, C)
 
 
 class SoftPrompt(PromptEncoder):
-    """Unlike prompt tuning's, the prompt is as long as the query, and wte is trained (Valvoda et al. 2022, equation 2).
+    """Unlike prompt tuning's, the prompt is as long as the query, and wte is trained: with the prompt alone, the paper
+    found, "the performance suffers considerably" (Valvoda et al. 2022, equation 2).
 
         row = [p1, ..., pm, x1, ..., xm, response]
     """
-    trains_embeddings = True
+    trains_embeddings, learning_rate = True, 5e-4
 
-    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+    def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
         self.table = nn.Parameter(torch.randn(max_query, config.n_embd) * 0.02)
 
-    def length(self, m):
+    def prompt_length(self, m):
         return m
 
     def forward(self, queries, mask):
@@ -108,36 +123,36 @@ class PTuning(PromptEncoder):
     """
     default_length, learning_rate = 20, 2e-3
 
-    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+    def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
         C = config.n_embd
-        self.table = nn.Parameter(torch.randn(prompt_length, C) * 0.02)
+        self.table = nn.Parameter(torch.randn(self.k, C) * 0.02)
         self.lstm = nn.LSTM(C, C // 2, num_layers=2, bidirectional=True, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(C // 2 * 2, C), nn.ReLU(), nn.Linear(C, C))
 
-    def length(self, m):
-        return len(self.table)
+    def prompt_length(self, m):
+        return self.k
 
     def forward(self, queries, mask):
-        with torch.autocast(queries.device.type, enabled=False):    # many CPUs have no LSTM in 16 bits, cuDNN takes float16
+        with torch.autocast(queries.device.type, enabled=False):    # many CPUs have no LSTM in 16 bits
             h, _ = self.lstm(self.table[None])                                      # (1, k, C)
         return self.mlp(h).expand(len(queries), -1, -1)                             # (B, k, C)
 
 
 class PrefixTuning(PromptEncoder):
-    """Unlike prompt tuning's, the prompt enters every layer, as keys and values. A table and an MLP make them, which trains
-    more stably than free ones (Li & Liang 2021, sections 4.2 and 4.3).
+    """Unlike prompt tuning's, the prompt enters every layer, as keys and values. A table and an MLP make them, which
+    trains more stably than free ones (Li & Liang 2021, sections 4.2 and 4.3).
 
         (k_l, v_l) for each layer l = MLP(p1, ..., pk)
         row = [x1, ..., xm, response], read after the keys k_l and values v_l
     """
     default_length, writes_past, learning_rate = 10, True, 3e-3
 
-    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+    def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
         C, L = config.n_embd, config.n_layer
         self.n_layer, self.n_head = L, config.n_head
-        self.table = nn.Parameter(torch.randn(prompt_length, C) * 0.02)
+        self.table = nn.Parameter(torch.randn(self.k, C) * 0.02)
         self.mlp = nn.Sequential(nn.Linear(C, 512), nn.Tanh(), nn.Linear(512, L * 2 * C))
 
     def forward(self, queries, mask):
@@ -147,21 +162,22 @@ class PrefixTuning(PromptEncoder):
 
 
 class DynamicPrompt(PromptEncoder):
-    """A prompt of its own for every query: the controller, a causal Transformer, reads the query and writes one vector for
-    each of its tokens (Valvoda et al. 2022, equation 3 and figure 1).
+    """A prompt of its own for every query: the controller, a causal Transformer, reads the query and writes one vector
+    for each of its tokens (Valvoda et al. 2022, equation 3 and figure 1).
 
         h1, ..., hm = Transformer(x1, ..., xm)
         row = [h1, ..., hm, x1, ..., xm, response]
 
-    The controller is built of GPT-2's blocks and has positions of its own. It needs a config and word embeddings, not our
-    GPT, and can be called alone:
+    The controller is built of GPT-2's blocks and has positions of its own. It is causal because the paper's is
+    "auto-regressive", though the whole query is known. It needs a config and word embeddings, not our GPT, and can be
+    called alone, with queries that are padded on the right:
 
     >>> from model import GPTConfig
-    >>> controller = DynamicPrompt(GPTConfig(n_embd=64, n_head=4), torch.randn(100, 64))
+    >>> controller = DynamicPrompt(GPTConfig(n_embd=64, n_head=4), torch.randn(100, 64), layers=2)
     >>> controller(torch.randn(2, 7, 64)).shape             # two queries of 7 tokens
     torch.Size([2, 7, 64])
     """
-    trains_embeddings = True
+    trains_embeddings, learning_rate, flags = True, 5e-4, ("dropout", "controller_layers", "controller_init")
 
     def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
@@ -170,9 +186,19 @@ class DynamicPrompt(PromptEncoder):
         self.h = nn.ModuleList(Block(config) for _ in range(layers))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.apply(init_weights)
-        nn.init.constant_(self.ln_f.weight, word_embeddings.std().item())       # h starts with the words' standard deviation
+        # The prompt stands beside word embeddings, so it starts with their spread: a norm's own 1 would drown them.
+        nn.init.constant_(self.ln_f.weight, word_embeddings.std().item())
 
-    def length(self, m):
+    @torch.no_grad()
+    def start_from(self, gpt):
+        """Start as the GPT's own first layers and positions (appendix A: GPT-2's "superior language ability ... allows
+        for a better Controller")."""
+        for mine, theirs in zip(self.h, gpt.h):
+            mine.load_state_dict(theirs.state_dict())
+        positions = gpt.wpe.weight[:self.max_query]
+        self.wpe.weight[:len(positions)] = positions
+
+    def prompt_length(self, m):
         return m
 
     def forward(self, queries, mask=None):
@@ -217,31 +243,31 @@ class DialogBlock(Block):
 
 
 class DialogPrompt(PromptEncoder):
-    """Unlike prefix-tuning's, the keys and values depend on the context; unlike DynamicPrompt's, the prompt enters every
-    layer (Gu et al. 2021; after its released code).
+    """Unlike prefix-tuning's, the keys and values depend on the context; unlike DynamicPrompt's, the prompt enters
+    every layer (Gu et al. 2021; after its released code).
 
         c = GPT(x1, ..., xm)                                    the frozen GPT's last hidden states of the context
         (k_l, v_l) for each layer l = Transformer(p1, ..., pk; c)       keys and values of its own self-attention
         row = [x1, ..., xm, response], read after the keys k_l and values v_l
 
-    The Transformer is as deep as the GPT. Each of its blocks but the last cross-attends to c, the context, which is the query.
-    The last is nothing but keys and values: what would follow could get no gradient.
+    The Transformer is as deep as the GPT. Each of its blocks but the last cross-attends to c, the context, which is
+    the query. The last is nothing but keys and values: what would follow could get no gradient.
     """
-    default_length, writes_past, reads_hidden_states = 5, True, True
+    default_length, writes_past, reads_hidden_states, flags = 20, True, True, ("dropout",)
 
-    def __init__(self, config, word_embeddings, prompt_length, max_query, layers):
+    def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
         C = config.n_embd
         self.n_head = config.n_head
-        self.wte = nn.Embedding(prompt_length, C)
-        self.wpe = nn.Embedding(prompt_length, C)
+        self.wte = nn.Embedding(self.k, C)
+        self.wpe = nn.Embedding(self.k, C)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(DialogBlock(config) for _ in range(config.n_layer - 1))
         self.ln_last = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
         self.c_last = nn.Linear(C, 2 * C)                                           # the last layer's keys and values
         self.apply(init_weights)
         with torch.no_grad():
-            rows = word_embeddings[5:5 + prompt_length]                             # as in the released code
+            rows = word_embeddings[5:5 + self.k]                                    # as in the released code
             self.wte.weight[:len(rows)] = rows
 
     def forward(self, hidden_states, mask):
@@ -254,73 +280,78 @@ class DialogPrompt(PromptEncoder):
         return past + [tuple(t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in last)]
 
 
-METHODS = {"finetune": FineTuning, "soft": SoftPrompt, "dynamic": DynamicPrompt, "prompt-tuning": PromptTuning,
-           "p-tuning": PTuning, "prefix": PrefixTuning, "dialogprompt": DialogPrompt}
+METHODS = {"finetune": FineTuning, "embeddings": EmbeddingTuning, "soft": SoftPrompt, "dynamic": DynamicPrompt,
+           "prompt-tuning": PromptTuning, "p-tuning": PTuning, "prefix": PrefixTuning, "dialogprompt": DialogPrompt}
 
 
 # ------------------------------------------------------------------------------------------------------- batch layout
 
 @dataclass
 class Batch:
-    """Rows of [prompt][query][response]: figure 1 of Valvoda et al. 2022. Rows are contiguous and padded on the right, so
-    causal attention needs no mask.
+    """Rows of [prompt ; query ; response], figure 1 of Valvoda et al. 2022, without gaps and padded on the right, so
+    that causal attention needs no mask. Two examples, ([5, 6], [7, 8]) and ([9], [4]), behind prompts as long as the
+    queries; in the rows, 0 keeps a place for each prompt embedding, and fills the end of what is shorter:
 
-    Two examples, ([5, 6], [7, 8]) and ([9], [4]), under a method whose prompt is as long as the query:
+        rows  0 0 5 6 7 8       is_prompt  1 1 0 0 0 0      queries  5 6        mask  1 1
+              0 9 4 0 0 0                  1 0 0 0 0 0               9 0              1 0
 
-        ids              5 6  7 8           each query and response, padded to the batch's longest ones
-                         9 0  4 0
-        mask             1 1                True on the query's own tokens
-                         1 0
-        order            0 1 2 3 4 5        for each place of a row, the column of [prompt prompt | ids] that stands there:
-                         0 2 4 0 0 0        row 1 skips 1, 3 and 5, the padding; behind its end stands any column, unread
-        label_positions  3 4  7             where response tokens are predicted, counted through all rows (b * T + t)
-        labels           7 8  4             those tokens; transformers' labels, without the -100 everywhere else
-        lengths          6 3
+    The token at position t is predicted at t - 1: labels 7, 8, 4 at positions 3, 4 of the first row, 1 of the second.
     """
-    ids: torch.Tensor                   # (B, M + R) int64, R: the longest response
-    mask: torch.Tensor                  # (B, M) bool
-    order: torch.Tensor                 # (B, T) int64
-    label_positions: torch.Tensor       # (N,) int64, N: response tokens in the batch
-    labels: torch.Tensor                # (N,) int64
+    rows: torch.Tensor                  # (B, T) int64
+    is_prompt: torch.Tensor             # (B, T) bool
+    queries: torch.Tensor               # (B, M) int64
+    mask: torch.Tensor                  # (B, M) bool: True on a query's own tokens
+    label_positions: torch.Tensor       # (N,) int64: where labels are predicted, counted through all rows (b * T + t)
+    labels: torch.Tensor                # (N,) int64: the response tokens (transformers' labels without the -100)
     lengths: list                       # B ints: prompt, query and response of each row
-
-    def to(self, device):
-        return Batch(*(to_device(value, device) if torch.is_tensor(value) else value for value in vars(self).values()))
 
 
 def make_batch(examples, prompt_length):
-    """[(query ids, response ids), ...] -> Batch, on the CPU. prompt_length: a function, m -> prompt embeddings before it.
+    """[(query ids, response ids), ...] -> Batch, on the CPU. prompt_length: a function, m -> the prompt's length.
 
-    >>> make_batch([([5, 6], [7, 8]), ([9], [4])], lambda m: m).order
-    tensor([[0, 1, 2, 3, 4, 5],
-            [0, 2, 4, 0, 0, 0]])
+    >>> make_batch([([5, 6], [7, 8]), ([9], [4])], lambda m: m).rows
+    tensor([[0, 0, 5, 6, 7, 8],
+            [0, 9, 4, 0, 0, 0]])
     """
-    queries, responses = zip(*examples)
-    M = max(map(len, queries))
-    longest = prompt_length(M)
-    order, positions = [], []
-    for query, response in examples:
-        m = len(query)
-        positions.append(torch.arange(len(response)) + prompt_length(m) + m - 1)    # one before each response token
-        order.append(torch.cat((torch.arange(prompt_length(m)), longest + torch.arange(m),
-                                longest + M + torch.arange(len(response)))))
-    lengths, order = [len(row) for row in order], pad_sequence(order, batch_first=True)
-    ids = torch.cat([pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in part], batch_first=True)
-                     for part in (queries, responses)], dim=1)
-    return Batch(ids=ids, order=order, lengths=lengths,
-                 mask=torch.arange(M) < torch.tensor([[len(query)] for query in queries]),
-                 label_positions=torch.cat([b * order.size(1) + t for b, t in enumerate(positions)]),
-                 labels=torch.tensor([token for response in responses for token in response], dtype=torch.int64))
+    def pad(rows):
+        return pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+
+    lengths = [(prompt_length(len(query)), len(query), len(response)) for query, response in examples]
+    queries = pad([query for query, _ in examples])
+    rows = pad([[0] * k + [*query, *response] for (k, _, _), (query, response) in zip(lengths, examples)])
+    T, positions, labels = rows.size(1), [], []
+    for b, ((k, m, r), (_, response)) in enumerate(zip(lengths, examples)):
+        positions += range(b * T + k + m - 1, b * T + k + m + r - 1)            # one before each response token
+        labels += response
+    prompts, sizes, _ = torch.tensor(lengths).T[:, :, None]                     # (B, 1) each
+    return Batch(rows=rows, is_prompt=torch.arange(T) < prompts, queries=queries,
+                 mask=torch.arange(queries.size(1)) < sizes, label_positions=torch.tensor(positions, dtype=torch.int64),
+                 labels=torch.tensor(labels, dtype=torch.int64), lengths=[sum(parts) for parts in lengths])
+
+
+def group_by_length(lengths, batch_size, seed=None):
+    """Lengths of rows -> batches, lists of their indices, of similar length, so that little is padding: the longest
+    first, or, with a seed, shuffled."""
+    order = list(range(len(lengths)))
+    shuffle = random.Random(seed)
+    if seed is not None:
+        shuffle.shuffle(order)                          # rows of equal length meet others in each epoch
+    order.sort(key=lambda i: -lengths[i])
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    if seed is not None:
+        shuffle.shuffle(batches)
+    return batches
 
 
 # -------------------------------------------------------------------------------------------------- GPT and prompt
 
 class PromptedGPT(nn.Module):
-    """A GPT and one way of prompting it. The GPT itself is frozen where the method says so: do not share it with another.
+    """A GPT and one way of prompting it. The GPT itself is frozen where the method says so: do not share it.
 
-    method: a name in METHODS. prompt_length: k, for methods that have one (None: the method's default). max_query: the
-    longest query in tokens. train_embeddings: whether wte is trained (None: as the method says). dtype: the type of matrix
-    products; trained weights stay float32, and so do embeddings, norms and logits.
+    method: a name in METHODS. prompt_length: k, for methods that have one. max_query: the longest query in tokens.
+    controller_layers, controller_init ("random", or "gpt": start as the GPT's own first layers): of `dynamic`.
+    train_embeddings: whether wte is trained (None: as the method says). dtype: the type of matrix products; trained
+    weights stay float32, and so do embeddings, norms and logits.
 
     >>> from model import GPT, GPTConfig
     >>> model = PromptedGPT(GPT(GPTConfig(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=2)), "dynamic")
@@ -330,21 +361,29 @@ class PromptedGPT(nn.Module):
     [4, 4]
     """
 
-    def __init__(self, gpt, method, prompt_length=None, controller_layers=2, max_query=128, train_embeddings=None,
-                 dtype=torch.float32):
+    def __init__(self, gpt, method, prompt_length=None, max_query=128, controller_layers=2, controller_init="gpt",
+                 train_embeddings=None, dtype=torch.float32):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
         encoder = METHODS[method]
         self.gpt, self.dtype = gpt, dtype
-        self.encoder = encoder(gpt.config, gpt.wte.weight.detach(), prompt_length or encoder.default_length, max_query,
-                               controller_layers)
+        self.encoder = encoder(gpt.config, gpt.wte.weight.detach(), prompt_length, max_query, controller_layers)
+        if "controller_init" in encoder.flags and controller_init == "gpt":
+            self.encoder.start_from(gpt)
         gpt.requires_grad_(encoder.trains_gpt)
         gpt.wte.requires_grad_(encoder.trains_embeddings if train_embeddings is None else train_embeddings)
         for layer in gpt.h.modules():
             if isinstance(layer, nn.Linear) and not encoder.trains_gpt:
                 layer.to(dtype)                 # once, instead of in every step
         self.train(gpt.training)
+
+    def train(self, mode=True):
+        """Dropout acts where weights are trained: a GPT with frozen blocks is a fixed function, in training, too. (With
+        dropout in it, the GPT learns to do without the prompt.)"""
+        super().train(mode)
+        self.gpt.train(mode and self.encoder.trains_gpt)
+        return self
 
     @property
     def device(self):
@@ -354,49 +393,59 @@ class PromptedGPT(nn.Module):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def batch(self, examples):
-        """[(query ids, response ids), ...] -> Batch. Raises ValueError for a query without tokens, or with too many."""
-        if not examples:
-            raise ValueError("there are no examples, expected at least one")
-        sizes = [len(query) for query, _ in examples]
+        """[(query ids, response ids), ...] -> Batch, on the model's device. It is laid out on the CPU, where lengths
+        are known, so that nothing waits for a GPU. Raises ValueError for a query without tokens, or with too many."""
+        sizes = [len(query) for query, _ in examples] or [0]
         if not 0 < min(sizes) <= max(sizes) <= self.encoder.max_query:
-            raise ValueError(f"a query has {min(sizes) and max(sizes)} tokens, expected 1 to {self.encoder.max_query} (max_query)")
-        return make_batch(examples, self.encoder.length).to(self.device)
+            raise ValueError(f"a query has {min(sizes) and max(sizes)} tokens, expected 1 to {self.encoder.max_query} "
+                             f"(max_query)")
+        batch = make_batch(examples, self.encoder.prompt_length)
+        return Batch(*(to_device(t, self.device) if torch.is_tensor(t) else t for t in vars(batch).values()))
 
-    def embed(self, batch):
-        """Batch -> the rows' input embeddings (B, T, C), and the prompt's keys and values, or None."""
-        words = self.gpt.wte(batch.ids)                                             # (B, M + R, C)
-        queries = words[:, :batch.mask.size(1)] * batch.mask[..., None]             # the encoder never sees a response
+    def prompt(self, batch):
+        """Batch -> what the encoder writes for its queries; it sees no token of a response."""
+        queries = self.gpt.wte(batch.queries) * batch.mask[..., None]               # (B, M, C)
         if self.encoder.reads_hidden_states:
             queries, _ = self.gpt.hidden_states(queries)
-        prompt = self.encoder(queries, batch.mask)
-        past = prompt if self.encoder.writes_past else None
-        if not past and prompt.size(1) != self.encoder.length(queries.size(1)):
-            raise ValueError(f"{type(self.encoder).__name__} wrote {prompt.size(1)} prompt embeddings, but its `length` "
-                             f"promised {self.encoder.length(queries.size(1))}")
-        x = words if past else torch.cat((prompt, words), dim=1)                    # [prompt ; query ; response]
-        return x.gather(1, batch.order[..., None].expand(-1, -1, x.size(2))), past  # the padding moves to the right
+        return self.encoder(queries, batch.mask)
 
-    def label_logits(self, batch):
+    def embed(self, batch, swapped=False):
+        """Batch -> the rows' input embeddings (B, T, C), and the prompt's keys and values, or None."""
+        prompt = self.prompt(batch)
+        x = self.gpt.wte(batch.rows)                                                # (B, T, C)
+        if self.encoder.writes_past:
+            if swapped:
+                prompt = [(keys.roll(1, 0), values.roll(1, 0)) for keys, values in prompt]
+            return x, prompt
+        if swapped:
+            prompt = prompt.roll(1, 0)
+        prompt = F.pad(prompt, (0, 0, 0, x.size(1) - prompt.size(1)))               # (B, T, C)
+        return torch.where(batch.is_prompt[..., None], prompt, x), None             # [prompt ; query ; response]
+
+    def label_logits(self, batch, swapped=False):
         """Batch -> float32 logits (N, V) where response tokens are predicted, and nowhere else: V is large."""
         with self.autocast():
-            x, past = self.embed(batch)
+            x, past = self.embed(batch, swapped)
             hidden, _ = self.gpt.hidden_states(x, past)                             # (B, T, C)
             return self.gpt.logits(hidden.flatten(0, 1)[batch.label_positions])
 
-    def forward(self, examples):
-        """[(query ids, response ids), ...] -> the cross-entropy of each response token, in order: (N,)."""
-        batch = self.batch(examples)
-        return F.cross_entropy(self.label_logits(batch), batch.labels, reduction="none")
+    def forward(self, examples, swapped=False):
+        """[(query ids, response ids), ...] -> the cross-entropy of each response token, in order: (N,).
 
-    def generate(self, queries, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0):
-        """Answer each of a list of token lists, all in one batch, as `GPT.generate` does, but behind its prompt. (`self.gpt`
-        alone would answer without one.)"""
+        swapped: each row gets the prompt of the row before it, and the first one that of the last. What this costs,
+        among queries of equal length, shows how much the prompt depends on the query: the swap test."""
+        batch = self.batch(examples)
+        return F.cross_entropy(self.label_logits(batch, swapped), batch.labels, reduction="none")
+
+    def generate(self, queries, max_new_tokens=40, eot=None, swapped=False, **options):
+        """Answer each of a list of token lists, all in one batch, as `GPT.generate` does, but behind its prompt, or,
+        swapped, behind that of the query before it."""
         if len(queries) == 0:
             return []
-        batch = self.batch([(query, []) for query in queries])
+        batch = self.batch([(query, []) for query in token_rows(queries)])
         with evaluation(self), self.autocast():
-            x, past = self.embed(batch)
-            return self.gpt.generate_from(x, batch.lengths, past, max_new_tokens, eot, temperature, top_p)
+            x, past = self.embed(batch, swapped)
+            return self.gpt.generate_from(x, batch.lengths, past, max_new_tokens, eot, **options)
 
     def trained(self):
         """What is trained, by name: all that a run's checkpoint needs to hold."""

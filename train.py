@@ -6,6 +6,21 @@ Each epoch ends with a score on the validation set and two checkpoints in the ru
 so far, and last.pt, all that `--resume` needs. An epoch seeds itself from --seed and its number, so an interrupted run
 goes on as if it had never stopped, and there are no random states to save. With `torchrun`, each process takes its
 share of every batch.
+
+methods:
+    finetune        no prompt: the whole GPT is trained
+    embeddings      no prompt: the word embeddings alone are trained
+    soft            free vectors, as many as the query has tokens, and the word embeddings
+    dynamic         what a Transformer, the controller, writes as it reads the query; it and the word embeddings
+    prompt-tuning   k free vectors
+    p-tuning        k vectors out of an LSTM
+    prefix          k keys and values in every layer
+    dialogprompt    k keys and values in every layer, out of a Transformer that reads the query
+
+data: a file, or a folder with train.txt, validation.txt and test.txt: a dialogue per line, turns separated by __eou__
+    Hi, how are you? __eou__ Fine, thanks. __eou__ Coming along? __eou__ I'd love to.
+
+From Python: `from train import train`, then `run = train(method="dynamic", data=dialogues, epochs=20)`.
 """
 import argparse
 import contextlib
@@ -14,6 +29,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -23,19 +39,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import REPOSITORIES, group_by_length, load_splits, read_json
-from evaluate import (Run, UsageError, choose_device, load_checkpoint, load_run, report, run_command, write_test,
-                      write_text)
-from model import load_plain, replace
-from prompt_encoder import METHODS
+from data import REPOSITORIES, read_json
+from evaluate import ArgumentParser, Run, load_run, load_splits, report, run_command
+from model import UsageError, choose_device, evaluation, load_tensors, reading, write_atomically, write_text
+from prompt_encoder import METHODS, group_by_length
 
-RUN_FILES = ("results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt", "config.json")
+RUN_FILES = ("results.json", "generations.jsonl", "log.jsonl", "last.pt", "best.pt", "trial.json", "config.json")
 NOT_SETTINGS = ("device", "out", "resume", "overwrite")         # may differ when a run is resumed; epochs may grow
-VERSION = 2                                                     # of a run's folder
-
-
-class Diverged(ValueError):
-    """The loss became NaN or infinite."""
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -49,8 +59,8 @@ def warm_up_and_decay(step, steps):
 def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     """Train on batches of the examples, lists of indices, each at its learning rate -> the mean loss of each step.
 
-    show: called after each step with the step's number in the epoch and its loss. The loss is a tensor: to read it is to
-    wait for the GPU.
+    show: called after each step with the step's number in the epoch and its loss. The loss is a tensor: to read it is
+    to wait for the GPU.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -61,7 +71,7 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
             group["lr"] = rate
         tokens = sum(len(examples[i][1]) for i in indices)
         share, weight = indices[rank::world], 1 / tokens                # this process's
-        if not share:                                   # a short last batch: as all must take part, a row that counts nothing
+        if not share:                   # a short last batch: as all must take part, a row that counts nothing
             share, weight = indices[:1], 0
         loss = model([examples[i] for i in share]).sum() * weight
         scaler.scale(loss * world).backward()           # DistributedDataParallel divides gradients by world
@@ -78,109 +88,140 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     return losses.tolist()
 
 
+def check_padding(model, method, examples):
+    """Raise ValueError where a method breaks the rule in `PromptEncoder.forward`: a query's prompt is the same alone
+    and beside a longer one, and as long as `prompt_length` says. A table of results cannot show it."""
+    short, long = min(examples, key=lambda e: len(e[0])), max(examples, key=lambda e: len(e[0]))
+    name, k = type(model.encoder).__name__, model.encoder.prompt_length(len(short[0]))
+    with evaluation(model), model.autocast():
+        alone, beside = (model.prompt(model.batch(rows)) for rows in ([short], [short, long]))
+    if model.encoder.writes_past:
+        alone, beside = (torch.stack([torch.stack(layer)[:, :1] for layer in past]) for past in (alone, beside))
+    elif alone.size(1) != k:
+        raise ValueError(f"--method {method}: {name}.forward wrote {alone.size(1)} prompt embeddings for a query of "
+                         f"{len(short[0])} tokens, but prompt_length promises {k}")
+    else:
+        beside = beside[:1, :k]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if alone.numel() and (alone - beside).abs().max() > tolerance * alone.abs().max():
+        raise ValueError(f"--method {method}: what {name}.forward writes for a query depends on the padding behind it "
+                         f"or on its neighbours in the batch, expected neither: read nothing where mask is False")
+
+
+def rank(scores, select):
+    """What the best epoch, or trial, has the most of: validation BLEU4, then a low loss; or the other way round."""
+    loss, bleu4 = -scores["val_loss"], scores["val_bleu4"]
+    return (bleu4, loss) if select == "bleu4" else (loss, bleu4)
+
+
 def fit(run, splits, config, folder, label=""):
-    """Train a run, from the start or from last.pt in the folder; best.pt there holds its best epoch -> that epoch's scores."""
+    """Train a run, from the start or from last.pt in the folder; best.pt there holds its best epoch -> that epoch's
+    scores. Raises FloatingPointError where a loss becomes NaN or infinite."""
     model, examples = run.model, splits.examples["train"]
     trained = model.trained()
     n, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
-    say(f"{label}training {n:,} of {total:,} parameters ({n / total:.1%})")
+    print0(f"{label}training {n:,} of {total:,} parameters ({n / total:.1%})")
     optimizer = torch.optim.AdamW(trained.values(), lr=config["lr"], weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     epoch, log, best = -1, [], None                     # the last finished epoch; 0 only scores
     if (folder / "last.pt").exists():
-        state = load_checkpoint(folder / "last.pt", {"trained", "optimizer", "scaler", "epoch", "log", "best"})
-        model.load_trained(state["trained"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        epoch, log, best = state["epoch"], state["log"], state["best"]
-        say(f"{label}resuming after epoch {epoch}")
+        state = load_tensors(folder / "last.pt")
+        with reading(folder / "last.pt"):
+            model.load_trained(state["trained"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:                         # empty where the run began in another type than float16
+                scaler.load_state_dict(state["scaler"])
+            epoch, log, best = state["epoch"], state["log"], state["best"]
+        print0(f"{label}resuming after epoch {epoch}")
+    elif (folder / "log.jsonl").exists():
+        raise FileNotFoundError(f"{folder / 'last.pt'} is missing, though log.jsonl beside it has epochs: there is "
+                                f"nothing to resume from, choose --overwrite or another --out")
+    if main_process():                                  # not before all that the run stands on has been read
+        (folder / "results.json").unlink(missing_ok=True)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if config["compile"]:
         for block in model.gpt.h:
             block.compile(dynamic=True)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+    lengths = list(map(run.row_length, examples))
     steps_per_epoch = math.ceil(len(examples) / config["batch_size"])
     steps = steps_per_epoch * config["epochs"]
     rates = [config["lr"] * warm_up_and_decay(step, steps) for step in range(steps)]
 
     while epoch < config["epochs"] and (not best or epoch - best["epoch"] < config["patience"]):
         epoch += 1
-        first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch        # the epoch's first step, and the next one's
-        line = {"epoch": epoch, "step": step} | dict.fromkeys(          # the keys' order in log.jsonl
+        first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch    # the epoch's first step, the next one's
+        record = {"epoch": epoch, "step": step} | dict.fromkeys(        # the keys' order in log.jsonl
             ("train_loss", "val_loss", "val_bleu4", "lr", "seconds", "eval_seconds", "tokens_per_second"))
         if epoch > 0:
             seed = config["seed"] * 1_000_003 + epoch
             torch.manual_seed(seed * 1009 + (dist.get_rank() if dist.is_initialized() else 0))      # dropout
-            batches = group_by_length(examples, config["batch_size"], run.row_length, seed)
+            batches = group_by_length(lengths, config["batch_size"], seed)
             show = progress(f"{label}epoch {epoch}/{config['epochs']}", first, steps,
                             (config["epochs"] - epoch + 1) * log[-1]["eval_seconds"])
             begun = time.perf_counter()
             losses = train_epoch(parallel, examples, batches, rates[first:step], optimizer, scaler, show)
-            line["seconds"] = time.perf_counter() - begun
+            record["seconds"] = time.perf_counter() - begun
             for i, loss in enumerate(losses):
                 if not math.isfinite(loss):
-                    raise Diverged(f"the loss became {loss} at step {first + i + 1} with a learning rate of "
-                                   f"{rates[first + i]:.2g}; nothing of this epoch is saved")
+                    raise FloatingPointError(f"the loss became {loss} at step {first + i + 1} with a learning rate of "
+                                             f"{rates[first + i]:.2g}; nothing of this epoch is saved")
             weights = [sum(len(examples[i][1]) for i in indices) for indices in batches]
-            line["train_loss"] = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
-            line["lr"] = rates[step - 1]
-            line["tokens_per_second"] = sum(map(run.row_length, examples)) / line["seconds"]
+            record["train_loss"] = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
+            record["lr"] = rates[step - 1]
+            record["tokens_per_second"] = sum(lengths) / record["seconds"]
         begun = time.perf_counter()
         with torch.compiler.set_stance("force_eager") if config["compile"] else contextlib.nullcontext():
             val_loss, bleu4 = from_main_process(lambda: run.validate(splits))
-        if not math.isfinite(val_loss):
-            raise Diverged(f"the validation loss became {val_loss} after step {step}; nothing of this epoch is saved")
-        line |= {"val_loss": val_loss, "val_bleu4": bleu4, "eval_seconds": time.perf_counter() - begun}
-        log.append(line)
-        say(f"{label}epoch {epoch:3d}  " + (f"train loss {line['train_loss']:.3f}  " if epoch else "before training   ")
-            + f"val loss {val_loss:.3f}  val BLEU4 {bleu4:.4f}"
-            + (f"  {line['tokens_per_second']:,.0f} tokens/s" if epoch else ""))
+        record |= {"val_loss": val_loss, "val_bleu4": bleu4, "eval_seconds": time.perf_counter() - begun}
+        log.append(record)
+        scores = {"epoch": epoch, "val_bleu4": bleu4, "val_loss": val_loss, "lr": config["lr"]}
         # Epoch 0 is a baseline: it is chosen only where nothing is trained.
         better = (epoch > 0 or config["epochs"] == 0) and (
-            not best or best["epoch"] == 0 or (bleu4, -val_loss) > (best["val_bleu4"], -best["val_loss"]))
+            not best or best["epoch"] == 0 or rank(scores, config["select"]) > rank(best, config["select"]))
         if better:
-            best = {"epoch": epoch, "val_bleu4": bleu4, "val_loss": val_loss, "lr": config["lr"]}
+            best = scores
         if main_process():
             if better:
                 save(folder / "best.pt", {"trained": trained, "config": config, **best})
-            write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-            save(folder / "last.pt", {"trained": trained, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                                      "epoch": epoch, "log": log, "best": best})
+            write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
+            save(folder / "last.pt", {"trained": trained, "optimizer": optimizer.state_dict(),
+                                      "scaler": scaler.state_dict(), "epoch": epoch, "log": log, "best": best})
+        training = f"train loss {record['train_loss']:.3f}  " if epoch else "before training   "
+        speed = f"  {record['tokens_per_second']:,.0f} tokens/s" if epoch else ""
+        print0(f"{label}epoch {epoch:3d}  {training}val loss {val_loss:.3f}  val BLEU4 {bleu4:.4f}{speed}")
     return best
 
 
 def search(run, splits, config, folder):
-    """--trials: train once for each of the learning rates, each in a folder of its own; best.pt is the best's by validation
-    BLEU4."""
+    """--trials: train once for each of the learning rates, each in a folder of its own; best.pt is the best trial's."""
     draw, trials, device, dtype = random.Random(config["seed"]), [], run.model.device, run.model.dtype
     run.model = None                                    # each trial has its own: no second one beside it
     for i in range(1, config["trials"] + 1):
         lr = math.exp(draw.uniform(math.log(3e-6), math.log(9e-3)))
         file = folder / f"trial-{i:02}" / "trial.json"
         if not file.exists():
-            trial = config | {"lr": lr, "trials": 1}
-            if main_process():
-                file.parent.mkdir(exist_ok=True)
-                write_text(file.parent / "config.json", json.dumps(trial, indent=2) + "\n")
+            file.parent.mkdir(exist_ok=True)
             torch.manual_seed(config["seed"])
+            trial, label = config | {"lr": lr, "trials": 1}, f"trial {i}/{config['trials']}, lr {lr:.2g}: "
             try:
-                found = fit(Run(config, device, dtype), splits, trial, file.parent,
-                            f"trial {i}/{config['trials']}, lr {lr:.2g}: ")
-            except Diverged as error:
+                found = fit(Run(trial, device, dtype), splits, trial, file.parent, label)
+            except FloatingPointError as error:
                 found = {"lr": lr, "failed": str(error)}
-                say(str(error))
+                print0(str(error))
             if main_process():
                 write_text(file, json.dumps({"trial": i} | found) + "\n")
         trials.append(from_main_process(lambda: read_json(file)))
-    say("\n| Trial | Learning rate | Best epoch | Val loss | Val BLEU4 |\n|---:|---:|---:|---:|---:|")
+    print0("\n| Trial | Learning rate | Best epoch | Val loss | Val BLEU4 |\n|---:|---:|---:|---:|---:|")
     for t in trials:
         outcome = "failed | - | -" if "failed" in t else f"{t['epoch']} | {t['val_loss']:.3f} | {t['val_bleu4']:.4f}"
-        say(f"| {t['trial']} | {t['lr']:.2e} | {outcome} |")
+        print0(f"| {t['trial']} | {t['lr']:.2e} | {outcome} |")
     good = [t for t in trials if "failed" not in t]
     if not good:
         raise ValueError(f"all {len(trials)} trials failed; {folder} keeps them")
-    best = max(good, key=lambda t: (t["val_bleu4"], -t["val_loss"]))
+    best = max(good, key=lambda t: rank(t, config["select"]))
     if main_process():
-        save(folder / "best.pt", load_plain(folder / f"trial-{best['trial']:02}" / "best.pt"))
+        save(folder / "best.pt", load_tensors(folder / f"trial-{best['trial']:02}" / "best.pt"))
     return best
 
 
@@ -197,33 +238,96 @@ def from_main_process(function):
 
 
 def save(path, state):
-    replace(path, lambda file: torch.save(state, file))
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
-def say(text):
+def print0(text, end="\n"):
+    """Print in the main process alone. A terminal that has gone away, or a full disk, stops nothing."""
     if main_process():
-        if sys.stdout.isatty():
-            print("\r\033[K", end="")                   # over the line of progress
-        print(text, flush=True)
+        try:
+            print(text, end=end, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
 
 
 def progress(label, done, steps, seconds_more):
-    """A function for `train_epoch` that shows, a few times a second, how far the training is: in a terminal alone."""
+    """A function for `train_epoch` that shows, a few times a second, how far the training is: in a terminal or a
+    notebook."""
     begun = shown = time.perf_counter()
+    interactive = sys.stdout.isatty() or "ipykernel" in sys.modules
 
     def show(step, loss):
         nonlocal shown
         now = time.perf_counter()
-        if now - shown > 0.3 and sys.stdout.isatty() and main_process():
+        if interactive and now - shown > 0.3:
             shown, left = now, int((now - begun) / step * (steps - done - step) + seconds_more)
+            width = shutil.get_terminal_size().columns - 1
             text = f"{label}  step {done + step}/{steps}  loss {loss.item():.3f}  {timedelta(seconds=left)} left"
-            print(f"\r\033[K{text[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            print0(f"\r{text:{width}.{width}}\r", end="")       # the next line is printed over it
     return show
+
+
+# ---------------------------------------------------------------------------------------------------- a run's folder
+
+def claim_folder(folder, config, resume, overwrite):
+    """Take a run's folder by making its config.json, in one atomic step: of two jobs that want it, one is refused.
+
+    Raises FileExistsError for a folder with a run, and for `resume` UsageError or ValueError where the settings, or
+    what they stand for, differ. Nothing of a run that is already there is touched, unless it is to be replaced.
+    """
+    path = folder / "config.json"
+    if overwrite and path.exists():
+        remove_run(folder)
+    if not path.exists() and any((folder / name).exists() for name in RUN_FILES):
+        raise FileExistsError(f"{folder} holds files of a run, but no config.json: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2) + "\n")
+        return
+    before = read_json(path)
+    differing = [k for k in config if before.get(k) != config[k] and k != "code"]
+    changes = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {config[k]})" for k in differing)
+    if not resume:
+        raise FileExistsError(f"{folder} already holds a run" + (f" with {changes}" if changes else "")
+                              + ": choose --resume, --overwrite or another --out")
+    for name, what in ("weights", config["model"]), ("dialogues", config["data"]):
+        if differing == [name]:
+            raise ValueError(f"{what}: the {name} have changed since this run began; put the old ones back, or train "
+                             f"again")
+    if differing and (differing != ["epochs"] or before["epochs"] > config["epochs"] or config["trials"] > 1):
+        raise UsageError(f"{folder} was started with other settings: {changes}")
+
+
+def remove_run(folder):
+    """Remove what a run wrote into its folder, and nothing else."""
+    config = read_json(folder / "config.json")
+    if "method" not in config:
+        raise FileExistsError(f"{folder / 'config.json'} is not a run's: nothing in this folder is replaced")
+    if config.get("trials", 1) > 1:
+        for trial in (folder / f"trial-{i:02}" for i in range(1, config["trials"] + 1)):
+            if (trial / "config.json").exists():
+                remove_run(trial)
+                with contextlib.suppress(OSError):      # something else is in there
+                    trial.rmdir()
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def default_folder(config, defaults):
+    """runs/DATA-MODEL-METHOD-FRACTION-sSEED, and whatever else differs from the defaults: -lr0.01-turns4."""
+    data, model = (Path(name).stem if os.path.isabs(name) else name.replace("/", "--")
+                   for name in (config["data"], config["model"]))
+    name = f"{data}-{model}-{config['method']}-{config['fraction']}-s{config['seed']}"
+    for key, value in config.items():
+        if key not in ("data", "model", "method", "fraction", "seed") and value != defaults[key]:
+            name += f"-{key.replace('_', '-')}{value}"
+    return Path("runs") / name
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def parse_arguments():
+def make_parser():
     def number(kind, low, high=math.inf):
         def parse(text):
             value = kind(text)
@@ -234,131 +338,155 @@ def parse_arguments():
         parse.__name__ = {int: "whole number", float: "number"}[kind]
         return parse
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shown = " (default: %(default)s)"
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_note = " (default: %(default)s)"
+
+    def of_methods(attribute):
+        values = {name: getattr(method, attribute) for name, method in METHODS.items()}
+        return f"(default: {', '.join(f'{name} {v:g}' for name, v in values.items() if v is not None)})"
+
     add = parser.add_argument_group("what is trained").add_argument
-    add("--method", required=True, choices=list(METHODS), help="the way of prompting")
+    add("--method", required=True, choices=list(METHODS), help="the way of prompting, see above")
     add("--model", default="tiny-dialogpt", help="tiny-dialogpt, tiny-gpt2, gpt2[-medium|-large|-xl], "
-        "dialogpt-small|medium|large, owner/name on the Hugging Face Hub, or a folder" + shown)
-    add("--prompt-length", type=number(int, 1, 10**6), help="k, for methods with a prompt of fixed length (default: "
-        + ", ".join(f"{name} {m.default_length}" for name, m in METHODS.items() if m.default_length) + ")")
-    add("--controller-layers", type=number(int, 1, 1000), default=2, help="depth of dynamic's controller" + shown)
+        "dialogpt-small|medium|large, owner/name on the Hugging Face Hub, or a folder" + default_note)
+    add("--prompt-length", type=number(int, 1, 10**6), help=f"k {of_methods('default_length')}")
+    add("--controller-layers", type=number(int, 1, 1000), help="depth of dynamic's controller (default: 2)")
+    add("--controller-init", choices=("random", "gpt"), help="gpt (default): start as the GPT's own layers")
+    add("--dropout", type=number(float, 0, 0.99), help=f"in training {of_methods('dropout')}")
     add("--train-embeddings", action=argparse.BooleanOptionalAction,
-        help="train the word embeddings (default: finetune, soft and dynamic do)")
+        help="train the word embeddings (default: finetune, embeddings, soft and dynamic do)")
     add = parser.add_argument_group("on which dialogues").add_argument
-    add("--data", default="sample", help="sample, dailydialog, multiwoz, a folder, or a text file" + shown)
-    add("--fraction", type=number(float, 1e-6, 1), default=1.0, help="share of the training dialogues" + shown)
-    add("--turns", type=number(int, 1, 100), default=1, help="turns in a query" + shown)
+    add("--data", default="sample", help="sample, dailydialog, multiwoz, a folder, or a text file" + default_note)
+    add("--fraction", type=number(float, 1e-6, 1), default=1.0, help="share of the training dialogues" + default_note)
+    add("--turns", type=number(int, 1, 100), default=1, help="turns in a query" + default_note)
     add("--pairs", choices=("steps", "sliding"), default="steps",
-        help="steps: (1,2), (3,4) ...; sliding: (1,2), (2,3) ..." + shown)
-    add("--max-query", type=number(int, 1, 10**6), default=128, help="tokens kept of a query, from its end" + shown)
+        help="steps: (1,2), (3,4) ...; sliding: (1,2), (2,3) ..." + default_note)
+    add("--max-query", type=number(int, 1, 10**6), default=128, help="tokens of a query, its last ones" + default_note)
     add("--max-response", type=number(int, 1, 10**6), default=128,
-        help="tokens kept of a response, from its start, for training and for losses and perplexity" + shown)
+        help="tokens kept of a response, from its start, for training and for losses and perplexity" + default_note)
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=40, help="tokens of an answer, at most" + default_note)
     add = parser.add_argument_group("how").add_argument
-    add("--epochs", type=number(int, 0, 10**6), default=4, help="at most this many; 0 tests the model before training" + shown)
+    add("--epochs", type=number(int, 0, 10**6), default=3,
+        help="at most this many; 0 tests the model before training" + default_note)
     add("--patience", type=number(int, 1, 10**6), default=4,
-        help="stop after this many epochs without a better one (validation BLEU4, then loss)" + shown)
-    add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes" + shown)
-    add("--lr", type=number(float, 0, 10), help="peak learning rate (default: "
-        + ", ".join(f"{name} {m.learning_rate:g}" for name, m in METHODS.items()) + ")")
+        help="stop after this many epochs without a better one" + default_note)
+    add("--select", choices=("bleu4", "loss"), default="bleu4",
+        help="the best epoch has the highest validation BLEU4, or the lowest validation loss" + default_note)
+    add("--batch-size", type=number(int, 1, 10**6), default=16,
+        help="pairs in a step, over all processes" + default_note)
+    add("--lr", type=number(float, 0, 10), help=f"peak learning rate {of_methods('learning_rate')}")
     add("--trials", type=number(int, 1, 1000), default=1, help="train this many times, with learning rates drawn from "
-        "[3e-6, 9e-3], and test the best by validation BLEU4" + shown)
-    add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in training, in GPT and controller" + shown)
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random" + shown)
+        "[3e-6, 9e-3], and test the best" + default_note)
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random" + default_note)
     add = parser.add_argument_group("where").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..." + shown)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... or mps" + default_note)
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of the matrix products; trained weights and logits stay float32" + shown)
-    add("--compile", action="store_true", help="give the GPT's blocks to torch.compile; it needs a C++ compiler or Triton")
-    add("--out", type=Path, help="the run's folder (default: runs/DATA-MODEL-METHOD-FRACTION-sSEED)")
+        help="of the matrix products; trained weights and logits stay float32" + default_note)
+    add("--compile", action="store_true", help="give the GPT's blocks to torch.compile; it needs a C++ compiler")
+    add("--out", type=Path,
+        help="the run's folder (default: runs/DATA-MODEL-METHOD-FRACTION-sSEED, and what differs from the defaults)")
     add("--resume", action="store_true", help="go on where the run in the folder stopped; --epochs may be larger")
     add("--overwrite", action="store_true", help="replace the run in the folder")
-    args = parser.parse_args()
-    if args.prompt_length and not METHODS[args.method].default_length:
-        parser.error(f"--prompt-length {args.prompt_length}: {args.method} has no prompt of fixed length")
-    if args.lr is not None and args.trials > 1:
-        parser.error("--lr and --trials exclude each other: trials draw their learning rates")
+    return parser
+
+
+def settings(args):
+    """Parsed flags -> a run's settings: what was not given is resolved, so that two runs that do the same have the same
+    ones. Raises UsageError for a flag that the method has no use for."""
+    config, method = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}, METHODS[args.method]
+    uses = {"prompt_length": method.default_length is not None, **{
+        flag: flag in method.flags for flag in ("dropout", "controller_layers", "controller_init")}}
+    for key, use in uses.items():
+        if config[key] is not None and not use:
+            raise UsageError(f"--{key.replace('_', '-')} {config[key]}: {args.method} has no use for it")
+    if args.trials > 1 and args.lr is not None:
+        raise UsageError("--lr and --trials exclude each other: trials draw their learning rates")
+    defaults = {"prompt_length": method.default_length, "dropout": method.dropout,
+                "train_embeddings": method.trains_embeddings, "lr": method.learning_rate if args.trials == 1 else None}
+    if uses["controller_layers"]:
+        defaults |= {"controller_layers": 2, "controller_init": "gpt"}
+    for key, value in defaults.items():
+        if config[key] is None:
+            config[key] = value
+    return {"version": Run.version} | config
+
+
+def as_arguments(flags):
+    """{"batch_size": 8, "resume": True, "lr": None} -> ["--batch-size=8", "--resume"]"""
+    arguments = ["--no-train-embeddings"] if flags.get("train_embeddings") is False else []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            arguments.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+    return arguments
+
+
+def train(arguments=None, **flags):
+    """Train one way of prompting, and test it -> the tested Run.
+
+    The flags of `python train.py --help` as keyword arguments: train(method="dynamic", data="sample", epochs=3). data
+    may also be a list of dialogues, each a list of turns, or a dict of three such lists, train, validation and test.
+    arguments: the flags as on the command line, instead.
+    """
+    data, parser = flags.get("data", "sample"), make_parser()
+    in_memory = not isinstance(data, (str, Path))
+    args = parser.parse_args(as_arguments(flags | {"data": "from-python" if in_memory else data})
+                             if arguments is None else arguments)
     if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
+        raise UsageError("--resume and --overwrite exclude each other")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        parser.error("--compile needs a C++ compiler, and none is found here (c++, g++, clang++, cl)")
-    if args.lr is None and args.trials == 1:
-        args.lr = METHODS[args.method].learning_rate
+        raise UsageError("--compile needs a C++ compiler, and none is found here (c++, g++, clang++, cl)")
     known = {"sample", "dailydialog", "multiwoz", "tiny-gpt2", "tiny-dialogpt", *REPOSITORIES}
-    for name in ("data", "model"):                      # paths are kept whole, so that a run can be used from any directory
+    for name in ("data", "model"):              # paths are kept whole, so that a run can be used from any directory
         value = getattr(args, name)
         if value not in known and Path(value).exists():
             setattr(args, name, str(Path(value).resolve()))
-    if args.out is None:
-        data, model = (Path(name).stem if os.path.isabs(name) else name.replace("/", "--") for name in (args.data, args.model))
-        args.out = Path("runs") / f"{data}-{model}-{args.method}-{args.fraction}-s{args.seed}"
-    return args
-
-
-def enter_folder(folder, config, resume, overwrite):
-    """Settings and the run's folder -> the settings, with what the run stood on if it is resumed. Nothing of a run that is
-    already there is touched unasked. Raises OSError, UsageError."""
-    if not any((folder / name).exists() for name in RUN_FILES):
-        return config
-    if overwrite:
-        if (folder / "config.json").exists() and "method" not in read_json(folder / "config.json"):
-            raise FileExistsError(f"{folder / 'config.json'} is not a run's: nothing in this folder is replaced")
-        return config
-    if not resume:
-        raise FileExistsError(f"{folder} already holds a run: choose --resume, --overwrite or another --out")
-    before = read_json(folder / "config.json")
-    changed = [k for k in config if before.get(k) != config[k] and not (
-        k == "epochs" and isinstance(before.get(k), int) and before[k] < config[k])]
-    if changed:
-        raise UsageError(f"{folder} was started with other settings: " + ", ".join(
-            f"--{k.replace('_', '-')} {before.get(k)} (now {config[k]})" for k in changed))
-    if (folder / "results.json").exists() and before["epochs"] == config["epochs"]:
-        print(f"{folder} is already finished: nothing to resume")
-        sys.exit(0)
-    return config | {k: before[k] for k in ("weights", "dialogues") if k in before}
-
-
-def prepare_folder(folder, config, resume, overwrite):
-    """Take away what is replaced, and write the settings."""
-    for trial in folder.glob("trial-[0-9][0-9]*") if overwrite else ():
-        shutil.rmtree(trial)
-    for name in RUN_FILES[:1] if resume else RUN_FILES:         # a run that goes on is not finished
-        (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def main():
-    args = parse_arguments()
-    config = {"version": VERSION} | {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    config = enter_folder(args.out, config, args.resume, args.overwrite)
-    device, dtype, why = choose_device(args.device, args.dtype)
+    config = settings(args)
+    folder = args.out or default_folder(config, settings(parser.parse_args(["--method", args.method])))
+    device, dtype, reason = choose_device(args.device, args.dtype)
     if "RANK" in os.environ:                                    # started by torchrun
         if device.type == "cuda":
             device, *_ = choose_device(f"cuda:{os.environ['LOCAL_RANK']}", args.dtype)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     torch.manual_seed(args.seed)
+    if not main_process():
+        dist.barrier()                                          # the main process downloads first
     run = Run(config, device, dtype)
-    splits = load_splits(config, run.tokenizer)
-    config |= {"weights": run.weights, "dialogues": splits.fingerprint}
-    say(f"{device}, {str(dtype).removeprefix('torch.')} ({why}); "
-        + ", ".join(f"{len(p):,} {s}" for s, p in splits.pairs.items()) + " pairs")
-    if Path(config["data"]).is_file():
-        say(f"{config['data']} is one file: its dialogues are split 80/10/10, shuffled by --seed {config['seed']}")
-    if dist.is_initialized():
-        dist.barrier()                                          # every process has looked at the folder
-    from_main_process(lambda: prepare_folder(args.out, config, args.resume, args.overwrite))
+    splits = load_splits(config | ({"data": data} if in_memory else {}), run.tokenizer)
+    if dist.is_initialized() and main_process():
+        dist.barrier()
+    check_padding(run.model, args.method, splits.examples["train"])
+    config |= {"weights": run.weights, "dialogues": splits.fingerprint, "code": run.code}
+    from_main_process(lambda: claim_folder(folder, config, args.resume, args.overwrite))
+    finished = (folder / "results.json").exists()
+    if args.resume and finished and read_json(folder / "config.json")["epochs"] == args.epochs:
+        print0(f"{folder} is already finished: nothing to resume")
+        return load_run(folder, str(device), args.dtype)
+    counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in splits.pairs.items())
+    print0(f"{device}, {str(dtype).removeprefix('torch.')} ({reason}); {counts} pairs")
+    if len(splits.pairs["validation"]) < 100 and args.select == "bleu4":
+        print0("fewer than 100 validation pairs: their BLEU4 is mostly chance, --select loss chooses more steadily")
+    best = (search if args.trials > 1 else fit)(run, splits, config, folder)
+    if main_process():
+        run = load_run(folder, str(device), args.dtype)
+        results, generations = run.test(splits, run.best)
+        run.write_results(folder, results, generations)
+        chosen = {"bleu4": "best validation BLEU4", "loss": "best validation loss"}[args.select]
+        if args.epochs == 0:
+            chosen = "before training"
+        print0(f"\ntested: epoch {best['epoch']} of {args.epochs} ({chosen}; BLEU4 {best['val_bleu4']:.4f}, "
+               f"loss {best['val_loss']:.3f})\n")
+        print0(report(results, generations[::max(1, len(generations) // 5)][:5]) + f"\n\n{folder}")
+    return run
+
+
+def main():
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)            # a terminal that is closed stops nothing
     try:
-        best = (search if args.trials > 1 else fit)(run, splits, config, args.out)
-        if main_process():
-            run = load_run(args.out, str(device), args.dtype)
-            results, generations = run.test(splits, run.best)
-            write_test(args.out, results, generations)
-            chosen = "best validation BLEU4" if args.epochs else "before training"
-            say(f"\ntested: epoch {best['epoch']} of {args.epochs} ({chosen}, {best['val_bleu4']:.4f})\n\n"
-                + report(results, generations[::max(1, len(generations) // 5)][:5]) + f"\n\n{args.out}")
+        train(sys.argv[1:])
     except KeyboardInterrupt:
-        say(f"\ninterrupted: the same command with --resume goes on from the last finished epoch in {args.out}")
+        print0("\ninterrupted: the same command with --resume goes on from the last finished epoch")
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

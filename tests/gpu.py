@@ -15,128 +15,91 @@ The first table is about tiny-gpt2 and the embedded dialogues:
 
 The second is bench.py's race at GPT-2 small's shape, with the peak of the GPU's memory.
 """
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from bench import Work, choose_dtypes, describe, make_checkpoint, race, runner
-from conftest import ROOT
-from data import checkpoint_folder, encode_pairs, load_tokenizer, make_pairs, read_dialogues
-from evaluate import choose_device
-from model import GPT
+from bench import (
+    SIDES, TINY, Work, choose_dtypes, describe, load_examples, make_checkpoint, parser, print_header, print_row, race,
+    ratios, runner)
+from model import GPT, choose_device
 from prompt_encoder import METHODS, PromptedGPT
 from theirs import THEIRS
 
-TINY = checkpoint_folder("tiny-gpt2")
 
-
-def tiny_examples(n):
-    """n pairs of the embedded dialogues, in token ids."""
-    return encode_pairs(make_pairs(read_dialogues("sample")["train"])[:n], load_tokenizer(TINY))
-
-
-def load(method, device):
-    """The same model on any device: its prompt encoder is drawn on the CPU."""
+def on_device(method, examples, device):
+    """-> the loss of the examples, its gradients and the greedy answers. The model is drawn on the CPU, so that it is
+    the same everywhere, and in training mode, which cuDNN's LSTM asks for; there is no dropout."""
     torch.manual_seed(0)
-    return PromptedGPT(GPT.from_pretrained(TINY), method).to(device)
-
-
-def loss_and_gradients(method, examples, device):
-    model = load(method, device)
+    model = PromptedGPT(GPT.from_pretrained(TINY), method).to(device).train()
     loss = model(examples).mean()
     loss.backward()
-    return loss.item(), {name: p.grad.cpu() for name, p in model.trained().items()}
-
-
-def compare(method, device, examples):
-    """-> how far the device's loss and gradients are from the CPU's, relatively, and how many answers are equal."""
-    choose_device(device, "float32")                            # without TF32
-    (loss, gradients), (expected, their) = (loss_and_gradients(method, examples, where) for where in (device, "cpu"))
-    worst = max((gradients[name] - g).norm().item() / g.norm().item() for name, g in their.items())
-    queries = [query for query, _ in examples]
-    answers, expected_answers = (load(method, where).generate(queries) for where in (device, "cpu"))
-    return abs(loss / expected - 1), worst, sum(map(list.__eq__, answers, expected_answers))
-
-
-def fifty_steps(method, device, dtype, examples):
-    """Train on one batch, as bench.py does -> the first and the last loss."""
-    torch.manual_seed(0)
-    losses = runner("ours", method, TINY, device, dtype)([examples] * 50)
-    return losses[0].item(), losses[-1].item()
-
-
-def train(method, folder, *flags, kill=False):
-    """Run train.py on the GPU for two epochs, or kill it when the first is saved -> the log's validation losses."""
-    log = Path(folder) / "log.jsonl"
-
-    def losses():
-        return [json.loads(line)["val_loss"] for line in log.read_text().splitlines()] if log.exists() else []
-
-    command = [sys.executable, ROOT / "train.py", "--method", method, "--epochs", "2", "--device", "cuda",
-               "--out", folder, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (kill and len(losses()) == 2):   # of epoch 0, the untrained model, and epoch 1
-        time.sleep(0.01)
-    process.kill()
-    if process.wait() and not kill:
-        sys.exit(f"train.py --method {method} {' '.join(flags)} ended with status {process.returncode}")
-    return losses()
-
-
-def resume_and_compile(method):
-    """-> how far a resumed run, and a compiled one, end from an undisturbed one, relatively."""
-    with tempfile.TemporaryDirectory() as folder:
-        whole, cut = train(method, f"{folder}/whole"), train(method, f"{folder}/cut", kill=True)
-        assert len(cut) == 2, f"{method}: the kill came after {len(cut)} lines of the log, expected 2"
-        resumed, compiled = train(method, f"{folder}/cut", "--resume"), train(method, f"{folder}/compiled", "--compile")
-    return [abs(losses[-1] / whole[-1] - 1) for losses in (resumed, compiled)]
+    gradients = {name: p.grad.cpu() for name, p in model.trained().items()}
+    return loss.item(), gradients, model.generate([query for query, _ in examples])
 
 
 def check(method, device, examples):
     """-> the cells of a row of the first table, but for the runs of train.py, and whether all is well."""
-    loss, gradients, equal = compare(method, device, examples)
-    runs = [fifty_steps(method, device, dtype, examples) for dtype in ("float32", "bfloat16", "float16")]
-    right = loss < 1e-3 and gradients < 1e-3 and equal == len(examples) and all(last < first for first, last in runs)
-    cells = [f"{loss:.0e}", f"{gradients:.0e}", f"{equal} of {len(examples)}"]
-    return cells + [f"{first:.3f} → {last:.3f}" for first, last in runs], right
+    choose_device(device, "float32")                            # without TF32
+    (loss, gradients, answers), expected = (on_device(method, examples, where) for where in (device, "cpu"))
+    differences = [abs(loss / expected[0] - 1),
+                   max(((gradients[name] - g).norm() / g.norm()).item() for name, g in expected[1].items())]
+    equal = sum(map(list.__eq__, answers, expected[2]))
+    cells, right = [f"{d:.0e}" for d in differences], max(differences) < 1e-3 and equal == len(examples)
+    cells.append(f"{equal} of {len(examples)}")
+    for dtype in ("float32", "bfloat16", "float16"):
+        torch.manual_seed(0)
+        losses = runner("ours", method, TINY, device, dtype)(examples, [range(len(examples))] * 50)
+        cells.append(f"{losses[0]:.3f} → {losses[-1]:.3f}")
+        right = right and losses[-1] < losses[0]
+    return cells, right
+
+
+def resume_and_compile(method):
+    """-> how far a resumed run, and a compiled one, end from an undisturbed one, relatively."""
+    from kill_resume import start               # here: it sets this process's threads to 1, but not those of the race
+
+    def train(name, *flags, **kill):
+        out = Path(folder, name)
+        start(["--method", method, "--epochs", 2, "--device", "cuda", "--out", out, *flags], **kill)
+        log = (out / "log.jsonl").read_text().splitlines()
+        assert len(log) == (2 if kill else 3), f"{method}: {len(log)} lines in {name}'s log"
+        return json.loads(log[-1])["val_loss"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = train("whole")
+        train("cut", kill_after=0, until="epoch   1 ")
+        return [abs(loss / whole - 1) for loss in (train("cut", "--resume"), train("compiled", "--compile"))]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
-                        help=f"some of: {', '.join(METHODS)}")
-    args = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="(default: all)")
+    args = flags.parse_args()
     if not torch.cuda.is_available():
         print("PyTorch finds no GPU here, so there is nothing to check.")
         return
-    wrong, examples = [], tiny_examples(16)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n"
-          "| Method | loss | gradients | answers | 50 steps, float32 | bfloat16 | float16 | resume | compile |\n"
-          "|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    wrong, examples, dtypes = [], load_examples(tiny=True)[:16], choose_dtypes("cuda")
+    print(describe("cuda", dtypes))
+    print_header(["Method", "loss", "gradients", "answers", "50 steps, float32", "bfloat16", "float16", "resume",
+                  "compile"])
     for method in args.methods:
         cells, right = check(method, "cuda", examples)
         runs = resume_and_compile(method)
         wrong += [] if right and max(runs) < 1e-2 else [method]
-        print(f"| {method} | {' | '.join([*cells, *(f'{difference:.0e}' for difference in runs)])} |", flush=True)
-    print(f"\n{'Wrong: ' + ', '.join(wrong) if wrong else 'All is as on the CPU.'}\n")
+        print_row([method, *cells, *(f"{difference:.0e}" for difference in runs)])
+    print(f"\n{'Wrong: ' + ', '.join(wrong) if wrong else 'All is as on the CPU.'}\n\nIn pairs/s (GB):")
 
-    dtypes = choose_dtypes("cuda")
-    print(f"{describe('cuda', dtypes)}; pairs/s (GB)\n\n| Train | batch | ours | theirs, as written | theirs at best | "
-          "ours / as written | ours / at best |\n|---|---:|---:|---:|---:|---:|---:|")
+    print_header(["Train", "batch", *SIDES])
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder)
         for method in (method for method in args.methods if method in THEIRS):
             for size in (8, 64):
-                result = list(race(Work(method, size, 4, folder, "cuda"), dtypes, rounds=3).values())
-                cells = [f"{speed:,.0f} ({memory:.2f})" for speed, memory in result]
-                cells += [f"{result[0][0] / speed:.2f}" for speed, _ in result[1:]]
-                print(f"| {method} | {size} | {' | '.join(cells)} |", flush=True)
+                speeds, memory = race(Work(method, size, 4, folder, "cuda"), dtypes, rounds=3)
+                print_row([method, str(size), *map("{:,.0f} ({:.2f})".format, speeds, memory), *ratios(speeds)])
     sys.exit(bool(wrong))
 
 

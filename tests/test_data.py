@@ -1,5 +1,4 @@
-"""Tokenizer, dialogues, pairs, splits: against transformers' and tokenizers' own, by hand, and by properties. What a run
-says of data and vocabularies that are missing or broken stands in test_train.py."""
+"""Tokenizer, dialogues, pairs: against transformers' and tokenizers' own, by hand, and by properties."""
 import functools
 import itertools
 import json
@@ -16,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Tokenizer
 
 from conftest import ROOT, SHARED
-from data import (TINY, encode_pairs, group_by_length, load_splits, load_tokenizer, make_pairs, parse_text, query_key,
-                  read_dialogues, take_fraction)
+from data import (SPLITS, TINY, detokenize, encode_pairs, load_tokenizer, make_pairs, parse_text, query_key,
+                  read_dialogues, take_fraction, word_ids)
+from prompt_encoder import group_by_length
 
-SPLITS = ("train", "validation", "test")
 EOT = "<|endoftext|>"
 ODD = ["", EOT, f" {EOT}", " ", "  ", "\n", " \n\n x", "\x00", "\u2028", "\x85", "\u00a0", "\r\n", "'ll", "'LL",
        "I'd've", "é", "e\u0301", "👩‍👧", "שלום", "ไทย", "中文", "١٢", "3.14", "½", "a", "-", "...", "# #", "##", "\ufeff",
@@ -58,11 +57,20 @@ def trained(merges=150, special=(EOT,)):
 def write_vocabulary(folder, merges=("h e", "Ġ t"), header="#version: 0.2\n", newline="\n", last="\n", mark="", **more):
     """GPT-2's two files in small: the 256 bytes, some merges, <|endoftext|>."""
     words = sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in merges] + [EOT]
-    folder.mkdir(exist_ok=True)
+    vocab = dict(zip(words, range(999))) | more
     text = (mark + header + "\n".join(merges) + last).replace("\n", newline)
     (folder / "merges.txt").write_bytes(text.encode())
-    (folder / "vocab.json").write_text(mark + json.dumps(dict(zip(words, range(999))) | more), encoding="utf-8")
+    (folder / "vocab.json").write_text(mark + json.dumps({w: i for w, i in vocab.items() if i is not ...}), "utf-8")
     return folder
+
+
+def listed(folder):
+    """What tokenizers reads in such a folder."""
+    vocab = json.loads((folder / "vocab.json").read_text("utf-8-sig"))
+    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text("utf-8-sig").splitlines()]
+    theirs = Tokenizer(models.BPE(vocab, [merge for merge in merges if merge and merge[0] != "#version:"]))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return theirs
 
 
 @functools.cache
@@ -95,99 +103,94 @@ def test_tokens_are_those_of_transformers_on_every_turn(name, data):
     {"header": "", "last": "", "newline": "\r\n", "mark": "\ufeff"}], ids=str)
 def test_every_way_of_writing_merges_is_one_tokenizer(tmp_path, form):
     """A line of merges may begin with #, as the header does."""
-    merges = ("# #", "## #", "h e")
-    ours = load_tokenizer(write_vocabulary(tmp_path, merges, **form))
-    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8-sig"))
-    theirs = Tokenizer(models.BPE(vocab, [tuple(merge.split()) for merge in merges]))
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    same_ids(ours, theirs, ["he the", "#### #version: ###", "#version"])
+    ours = load_tokenizer(write_vocabulary(tmp_path, ("# #", "## #", "h e"), **form))
+    same_ids(ours, listed(tmp_path), ["he the", "#### #version: ###", "#version"])
 
 
-@pytest.mark.parametrize("form", ["two files", "pairs", "strings"])
+@pytest.mark.parametrize("form", ["two files", "tokenizer.json", "merges as strings"])
 def test_tokenizers_of_ones_own(tmp_path, form):
-    """Special tokens first; two files, or tokenizer.json alone, whose merges were once strings."""
+    """Special tokens first; in two files, or in tokenizer.json, which wins over old files; merges may be strings."""
     theirs = trained(special=("[PAD]", EOT))
-    whole = json.loads(theirs.to_str())
-    vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    assert (vocab["[PAD]"], vocab[EOT]) == (0, 1)
     if form == "two files":
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-        (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+        theirs.model.save(str(tmp_path))
     else:
-        whole["model"]["merges"] = merges if form == "strings" else [merge.split() for merge in merges]
-        (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+        shutil.copytree(TINY / "tiny-gpt2", tmp_path, dirs_exist_ok=True)
+        whole = json.loads(theirs.to_str())
+        if form == "merges as strings":
+            whole["model"]["merges"] = [" ".join(merge) for merge in whole["model"]["merges"]]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     ours = load_tokenizer(tmp_path)
     assert ours.eot_token == 1 and ours.special_tokens_set == {"[PAD]", EOT}
     same_ids(ours, theirs, turns_of("sample", 40))
 
 
-def test_tokens_added_with_transformers(tmp_path):
-    """As every DialoGPT tutorial does: [PAD] added, the embeddings resized. tokenizer.json, and version 4's files."""
-    theirs, added = GPT2Tokenizer.from_pretrained(TINY / "tiny-gpt2"), {"[PAD]": 4096, "<speaker1>": 4097}
-    theirs.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<speaker1>"]})
-    theirs.save_pretrained(tmp_path / "new")
-    shutil.copytree(TINY / "tiny-gpt2", tmp_path / "old")
-    (tmp_path / "old/added_tokens.json").write_text(json.dumps(added))
-    assert theirs.get_added_vocab() == added | {EOT: 4095} and not (tmp_path / "new/vocab.json").exists()
-    for folder in (tmp_path / "new", tmp_path / "old"):
-        ours = load_tokenizer(folder)
-        assert (ours.n_vocab, ours.eot_token, ours.special_tokens_set) == (4098, 4095, {EOT, *added})
-        same_ids(ours, theirs, ["Hello [PAD] <speaker1>there"])
+def save(theirs, form, folder):
+    """As transformers 5 saves a tokenizer, or as version 4 did."""
+    if form == "tokenizer.json":
+        return theirs.save_pretrained(folder)
+    shutil.copytree(TINY / "tiny-gpt2", folder, dirs_exist_ok=True)
+    added = {word: i for word, i in theirs.get_vocab().items() if i > 4095 or word == "the"}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "special_tokens_map.json").write_text(json.dumps(theirs.special_tokens_map))
 
 
-def tokenizer_json(folder, **change):
-    """tokenizer.json of a sound tokenizer, but for a change; a key like model__dropout goes one deeper."""
+@pytest.mark.parametrize("form", ["tokenizer.json", "version 4"])
+def test_special_tokens_are_text_and_added_words_are_one_token(tmp_path, form):
+    """[PAD] as every DialoGPT tutorial adds it. A word may be said, a special token never."""
+    theirs = GPT2Tokenizer.from_pretrained(TINY / "tiny-gpt2")
+    words = ["covid", "New", "New York", "the", "a.b|c", "été"]
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.add_tokens(words)
+    save(theirs, form, tmp_path)
+    ours, ids = load_tokenizer(tmp_path), theirs.get_vocab()
+    assert (ours.n_vocab, ours.eot_token) == (len(theirs), 4095) and {EOT, "[PAD]"} <= ours.special_tokens_set
+    assert word_ids(ours) == set(range(len(theirs))) - {4095, ids["[PAD]"]}
+    same_ids(ours, theirs, ["Hello [PAD]there", "covid in New York, New England: other covids", "a.b|c the été\n New"])
+    assert encode_pairs([("covid", "x")], ours)[0][0] == [ids["covid"], 4095]
+
+
+@pytest.mark.parametrize("merges, sound", [
+    (["b c", "a b", "ab c"], False), (["a b", "b c", "ab c"], True), (["a b", "a ab"], True), (["a a", "a aa"], False),
+    (["a a", "aa a", "aa aa"], True), (["b c", "c d", "a bc", "abc d"], True), (["b c", "a b", "c d", "ab cd"], False)])
+def test_merges_that_tiktoken_reads_differently_are_refused(tmp_path, merges, sound):
+    """GPT-2 joins the listed pairs alone; tiktoken any two neighbours whose joint is a token."""
+    write_vocabulary(tmp_path, merges)
+    if sound:
+        same_ids(load_tokenizer(tmp_path), listed(tmp_path), map("".join, itertools.product("abcd", repeat=5)))
+    else:
+        with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*KeyError"):
+            load_tokenizer(tmp_path)
+
+
+TEMPLATE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {EOT: {"id": EOT}}}
+WORD = {"id": 999, "content": "covid", "special": False}
+
+
+@pytest.mark.parametrize("part, change, name", [
+    ("pre_tokenizer", {"add_prefix_space": True}, "add_prefix_space"), ("pre_tokenizer", None, "NoneType"),
+    ("pre_tokenizer", {"use_regex": False}, "use_regex"), ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer"),
+    ("normalizer", {"type": "Lowercase"}, "normalizer"), ("post_processor", TEMPLATE, "post_processor"),
+    ("added_tokens", [WORD | {"lstrip": True}], "covid"), ("added_tokens", [WORD | {"rstrip": True}], "covid"),
+    ("added_tokens", [WORD | {"single_word": True}], "covid"), ("added_tokens", [3], "TypeError"),
+    ("model", None, "NoneType"), ("model", {"merges": [["a"]]}, "unpack")], ids=str)
+def test_settings_that_would_change_the_ids_are_refused(tmp_path, part, change, name):
     whole = json.loads(trained(merges=5).to_str())
-    for key, value in change.items():
-        *outer, key = key.split("__")
-        inner = functools.reduce(lambda d, k: d[k], outer, whole)
-        inner.pop(key) if value is ... else inner.update({key: value})
-    (folder / "tokenizer.json").write_text(json.dumps(whole))
-    return folder
-
-
-TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": EOT}}, {"Sequence": {"id": "A"}}]}
-
-
-@pytest.mark.parametrize("change, name", [
-    ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space"), ({"pre_tokenizer__use_regex": False}, "use_regex"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"), ({"pre_tokenizer": None}, "pre_tokenizer"),
-    ({"normalizer": {"type": "Lowercase"}}, "normalizer"), ({"post_processor": TEMPLATE}, "post_processor"),
-    ({"model__type": "WordPiece"}, "type"), ({"model__dropout": 0.1}, "dropout"),
-    ({"model__ignore_merges": True}, "ignore_merges"), ({"model__continuing_subword_prefix": "##"}, "subword_prefix"),
-    ({"model__end_of_word_suffix": "</w>"}, "word_suffix"), ({"model": ...}, "tokenizer.json"),
-    ({"model__merges": [["a"]]}, "tokenizer.json"), ({"added_tokens": [3]}, "tokenizer.json")], ids=str)
-def test_settings_that_would_change_the_ids_are_refused_by_name(tmp_path, change, name):
-    assert load_tokenizer(tokenizer_json(tmp_path)).eot_token == 0
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}.*{re.escape(name)}"):
-        load_tokenizer(tokenizer_json(tmp_path, **change))
-
-
-@pytest.mark.parametrize("setting", ["add_prefix_space", "add_bos_token", "do_lower_case"])
-def test_settings_in_tokenizer_config_are_refused_by_name(tmp_path, setting):
-    config = write_vocabulary(tmp_path) / "tokenizer_config.json"
-    config.write_text(json.dumps({setting: False, "model_max_length": 1024}))
-    assert load_tokenizer(tmp_path).n_vocab == 259
-    config.write_text(json.dumps({setting: True}))
-    with pytest.raises(ValueError, match=setting):
+    whole[part] = whole[part] | change if isinstance(change, dict) and whole[part] else change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*({name})"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"h": None}, "h"), ({"h": 1, "i": 1}, "same id"), ({EOT: -1}, "endoftext"), ({"new": 2**31}, "new"),
-    ({"he": 257, "Ġt": 256}, "rise"), ({"a": ...}, "no 'a'"), ({"he": ...}, "no 'he'"),
-    ({EOT: ...}, "no <.endoftext.>")], ids=str)
-def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path, change, words):
-    vocab = json.loads((write_vocabulary(tmp_path) / "vocab.json").read_text(encoding="utf-8")) | change
-    (tmp_path / "vocab.json").write_text(json.dumps({word: i for word, i in vocab.items() if i is not ...}))
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*{words}"):
+@pytest.mark.parametrize("change", [{"h": None}, {EOT: -1}, {"he": 257, "Ġt": 256}, {"a": ...}, {EOT: ...}], ids=str)
+def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path, change):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_tokenizer(write_vocabulary(tmp_path, **change))
+
+
+def test_add_prefix_space_in_older_files_is_refused(tmp_path):
+    (write_vocabulary(tmp_path) / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(ValueError, match="add_prefix_space"):
         load_tokenizer(tmp_path)
-
-
-def test_a_vocabulary_changed_on_disk_is_read_anew(tmp_path):
-    assert len(load_tokenizer(write_vocabulary(tmp_path)).encode_ordinary("hehe")) == 2
-    assert len(load_tokenizer(write_vocabulary(tmp_path, merges=["h e", "he he"])).encode_ordinary("hehe")) == 1
 
 
 def test_data_is_read_without_requests():
@@ -207,11 +210,13 @@ def test_data_is_read_without_requests():
     ("a __eou__ b __eou__\nc __eou__ d __eou__ \n", [["a", "b"], ["c", "d"]]),              # __eou__ at line ends
     ("\ufeffa __eou__ b\n", [["a", "b"]]),                                                  # byte order mark
     ("a __eou__ b\r\nc __eou__ d\r\n", [["a", "b"], ["c", "d"]]),                           # CRLF
+    ("a __eou__ b\rc __eou__ d\r", [["a", "b"], ["c", "d"]]),                               # CR
+    ("Yes, sir __eou__ {no}\n[1, 2] __eou__ a,b\n", [["Yes, sir", "{no}"], ["[1, 2]", "a,b"]]),      # no CSV, no JSON
     ("\n \n\r\na __eou__ b\n\n__eou__ __eou__\n\t\n", [["a", "b"]]),                        # blank lines
     ("a __eou__ __eou__ c __eou__ d", [["a", "", "c", "d"]]),                               # an empty turn stays
     ("__eou__ a __eou__ b\n", [["", "a", "b"]]),                                            # at the beginning, too
     ("a __eou__ \u200b \u200d __eou__ c", [["a", "", "c"]]),                                # an invisible one, too
-    ("a\u2028b\x0cc\x0bd\x85e __eou__ f\u2029g\rh", [["a\u2028b\x0cc\x0bd\x85e", "f\u2029g\rh"]]),
+    ("a\u2028b\x0cc\x0bd\x85e __eou__ f\u2029g", [["a\u2028b\x0cc\x0bd\x85e", "f\u2029g"]]),
     ("👩‍👧 e\u0301 __eou__ \u202bשלום, عالم\u202c\n", [["👩‍👧 e\u0301", "\u202bשלום, عالم\u202c"]]),
     (f"a{EOT}b __eou__ {EOT}", [[f"a{EOT}b", EOT]]),
     ("a _eou_ __EOU__ __eou_ b __eou__ c", [["a _eou_ __EOU__ __eou_ b", "c"]]),            # what is no separator
@@ -220,44 +225,79 @@ def test_oddities_of_the_text_format(text, dialogues):
     assert parse_text(text.encode(), "train.txt") == dialogues
 
 
-@pytest.mark.parametrize("gap", ["", "\u200b"])
 @pytest.mark.parametrize("place", range(8))
-def test_an_empty_turn_never_flips_the_roles(gap, place):
+def test_an_empty_turn_never_flips_the_roles(place):
     """Customer and clerk take turns, one of them silent once: nobody answers himself, and silence makes no pair."""
-    turns = [who for _ in range(4) for who in ("customer", "clerk")]
-    turns[place] = gap
+    turns = ["customer", "clerk"] * 4
+    turns[place] = "\u200b"
     dialogue = parse_text((" __eou__ ".join(turns) + " __eou__").encode(), "train.txt")
     assert make_pairs(dialogue) == [(["customer"], "clerk")] * 3
     sliding = make_pairs(dialogue, sliding=True)
-    assert {(query, response) for [query], response in sliding} <= {("customer", "clerk"), ("clerk", "customer")}
-    assert len(sliding) == (6 if place in (0, 7) else 5)
+    assert len(sliding) == (6 if place in (0, 7) else 5) and all(query != [response] for query, response in sliding)
 
 
 # ------------------------------------------------------------------------------------------------- folders and files
 
-def write(folder, **texts):
-    """Files of one folder: train="..." makes train.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, text in texts.items():
-        (folder / f"{split}.txt").write_bytes(text.encode())
-    return folder
+@pytest.mark.parametrize("name, text, words", [
+    ("a.csv", b"Hi, you __eou__ Fine\n", "'Hi! __eou__ Hello.'"), ("a.txt", b'["a __eou__ b"]', "'Hi! __eou__ Hello.'"),
+    ("a.txt", b'a __eou__ b\n{"text": "a __eou__ b"}\n', "'Hi! __eou__ Hello.'"),
+    ("a.txt", b"A: Hi!\nB: Hello.\n", "'Hi! __eou__ Hello.'"), ("a.txt", b"a __eou__ \xe9\n", "UnicodeDecodeError")])
+def test_what_is_not_in_the_format_is_named_with_the_cure(tmp_path, name, text, words):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}.*{words}"):
+        read_dialogues(tmp_path / name)
+
+
+def test_utf_16_with_its_mark_is_read():
+    assert parse_text("é __eou__ b\r\nc __eou__ d".encode("utf-16"), "a.txt") == [["é", "b"], ["c", "d"]]
 
 
 @pytest.mark.parametrize("n, sizes", [(3, [1, 1, 1]), (57, [47, 5, 5])])
-def test_one_file_is_split_by_the_seed(tmp_path, n, sizes):
-    write(tmp_path, all="".join(f"q{i} __eou__ r{i}\n" for i in range(n)))
-    one, again, other = (read_dialogues(tmp_path / "all.txt", seed) for seed in (0, 0, 1))
-    assert [len(one[split]) for split in SPLITS] == sizes
-    assert sorted(itertools.chain(*one.values())) == sorted([f"q{i}", f"r{i}"] for i in range(n))
-    assert one == again and one["test"] + one["train"] != other["test"] + other["train"]
+def test_one_file_or_list_is_split_always_in_the_same_way(tmp_path, n, sizes):
+    (tmp_path / "all.txt").write_text("".join(f"q{i} __eou__ r{i}\n" for i in range(n)))
+    dialogues = [[f" q{i}", f"r{i}\n"] for i in range(n)]
+    splits = read_dialogues(tmp_path / "all.txt")
+    assert [len(splits[split]) for split in SPLITS] == sizes
+    assert sorted(itertools.chain(*splits.values())) == sorted([f"q{i}", f"r{i}"] for i in range(n))
+    assert splits == read_dialogues(dialogues) == read_dialogues(str(tmp_path / "all.txt"))
+    assert read_dialogues(splits | {"train": dialogues})["train"] == [[f"q{i}", f"r{i}"] for i in range(n)]
+
+
+@pytest.mark.parametrize("dialogues, words", [
+    (["Hi!", "Hello."], "expected a list of turns"), ([["a", None]], "NoneType"), ([["a", "b"]], "holds no .query"),
+    ({"train": [["a", "b"]]}, "KeyError 'validation'"), ([["half an emoji: \ud83d", "b"]], "surrogates")], ids=range(5))
+def test_lists_that_are_no_dialogues_are_refused(dialogues, words):
+    with pytest.raises(ValueError, match=words):
+        read_dialogues(dialogues)
+
+
+def test_unknown_data_is_refused_with_what_is_known():
+    with pytest.raises(FileNotFoundError, match="'daily'.*sample, dailydialog, multiwoz"):
+        read_dialogues("daily")
+
+
+@pytest.mark.parametrize("tokenized, text", [
+    ("I ' m fine , thanks .", "I'm fine, thanks."), ("don't . I ’ Ve been", "don't. I’Ve been"),
+    ("you are right.But no", "you are right.But no"), ('say " Thank you " . ok', 'say "Thank you". ok'),
+    ("my parents ' house", "my parents' house"), ("' Titanic ' , isn ' t it ?", "'Titanic', isn't it?"),
+    ("$ 5 or 10 $ , 50 % off", "$5 or 10 $, 50% off"), ("at 3 : 30 p . m . sharp", "at 3:30 p.m. sharp"),
+    ("( Bob groans . ) Well ...", "(Bob groans.) Well..."), ("3 , 4 or $ 2.50", "3, 4 or $2.50"),
+    ("the “ green ” and ‘ blue ’ ones", "the “green” and ‘blue’ ones"), ("", "")])
+def test_detokenized_by_hand(tokenized, text):
+    assert detokenize(tokenized) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from("I ' s ’ t “ ” \" , . : 30 % $ ( ) - / don't a b".split())))
+def test_detokenizing_takes_spaces_alone_and_no_words_apart(words):
+    text = " ".join(words)
+    for find in (r"\w+|[^\w\s]", r"\w+", r"\S"):
+        assert re.findall(find, detokenize(text)) == re.findall(find, text)
 
 
 def test_the_embedded_dialogues():
     splits = dialogues_of("sample")
     assert [len(splits[split]) for split in SPLITS] == [800, 100, 100]
-    turns = turns_of("sample")
-    assert all(len(dialogue) >= 4 for split in SPLITS for dialogue in splits[split])
-    assert all(3 <= len(turn.split()) <= 30 and turn.isascii() and "  " not in turn for turn in turns)
     known = {query_key(query) for query, _ in make_pairs(splits["train"])}
     assert sum(query_key(query) in known for query, _ in make_pairs(splits["test"])) == 37
 
@@ -266,7 +306,10 @@ def test_dailydialog_has_its_published_counts():
     dialogues = dialogues_of("dailydialog")
     assert [len(dialogues[split]) for split in SPLITS] == [11_118, 1_000, 1_000]
     assert [sum(map(len, dialogues[split])) for split in SPLITS] == [87_170, 8_069, 7_740]
-    assert len(make_pairs(dialogues["test"])) == 3_700
+    pairs = {split: make_pairs(dialogues[split]) for split in SPLITS}
+    known = {query_key(query) for query, _ in pairs["train"]}
+    assert len(pairs["test"]) == 3_700 and sum(query_key(query) in known for query, _ in pairs["test"]) == 1_158
+    assert dialogues["train"][0][0] == "Say, Jim, how about going for a few beers after dinner?"
 
 
 # ------------------------------------------------------------------------------------------------- MultiWOZ
@@ -274,16 +317,13 @@ def test_dailydialog_has_its_published_counts():
 def said(*turns):
     """("U", text) and ("S", text) in MultiWOZ 2.2's schema."""
     speakers = {"U": "USER", "S": "SYSTEM"}
-    turns = [{"speaker": speakers.get(who, who), "utterance": text} for who, text in turns]
-    return {"dialogue_id": "D1.json", "turns": turns}
-
-
-GOOD = said(("U", "a"), ("S", "b"))
+    return {"turns": [{"speaker": speakers.get(who, who), "utterance": text} for who, text in turns]}
 
 
 def multiwoz(folder, **files):
     """A folder in MultiWOZ's layout; train_002=... puts that (bytes, or anything JSON) in train/dialogues_002.json."""
-    for name, contents in ({f"{split}_001": [GOOD] for split in ("train", "dev", "test")} | files).items():
+    good = [said(("U", "a"), ("S", "b"))]
+    for name, contents in ({"train_001": good, "dev_001": good, "test_001": good} | files).items():
         split, number = name.split("_")
         (folder / split).mkdir(exist_ok=True)
         contents = contents if isinstance(contents, bytes) else json.dumps(contents).encode()
@@ -306,9 +346,8 @@ def test_multiwoz_alternates_from_the_users_first_turn(tmp_path):
     """Who goes on speaking still speaks; who is silent keeps his place."""
     dialogue = said(("S", "Welcome!"), ("U", " hi "), ("U", "a room?"), ("S", ""), ("U", "please"),
                     ("S", "yes"), ("S", "two"), ("U", "bye"))
-    folder = multiwoz(tmp_path, train_010=[GOOD], train_002=[dialogue])
     expected = ["hi a room?", "", "please", "yes two", "bye"]
-    assert read_dialogues(folder)["train"] == [["a", "b"], expected, ["a", "b"]]
+    assert read_dialogues(multiwoz(tmp_path, train_002=[dialogue]))["train"] == [["a", "b"], expected]
 
 
 @pytest.mark.parametrize("contents", [
@@ -346,21 +385,13 @@ def test_a_long_query_keeps_its_end_and_a_long_response_its_start(limit, query, 
     assert [letters().decode(ids).replace(EOT, "|") for ids in encoded] == [query, response]
 
 
-def test_a_query_is_a_string_or_a_list_of_turns():
-    assert encode_pairs([("Hi!", "Hello.")], letters()) == encode_pairs([(["Hi!"], "Hello.")], letters())
+def test_a_query_is_a_string_or_a_list_of_turns_and_white_space_around_them_counts_for_nothing():
+    eot = letters().eot_token
+    assert encode_pairs([(" Hi!\n", " b ")], letters()) == encode_pairs([(["Hi!"], "b")], letters())
+    assert encode_pairs([("\u200b", "")], letters()) == [([eot], [eot])]
     [(query, response)] = encode_pairs([([f"a{EOT}b", EOT], f"{EOT}c")], letters())
     assert (letters().decode(query), letters().decode(response)) == (f"a{EOT}b{EOT}{EOT}{EOT}", f"{EOT}c{EOT}")
-    assert (query.count(letters().eot_token), response.count(letters().eot_token)) == (2, 1)    # our own separators
-
-
-def test_cutting_a_long_turn_before_it_is_tokenized_changes_nothing():
-    tiny = load_tokenizer(TINY / "tiny-gpt2")
-    for turns in read_dialogues("sample")["test"][:20]:
-        turn = " ".join(turns * 5)
-        ids = tiny.encode_ordinary(turn) + [tiny.eot_token]
-        assert encode_pairs([([turn], turn)], tiny, 5, 5) == [(ids[-5:], ids[:5])]
-    [(query, _)] = encode_pairs([("word " * 2_000_000, "b")], letters(), 8)             # ten megabytes
-    assert letters().decode(query) == f"d word {EOT}"
+    assert (query.count(eot), response.count(eot)) == (2, 1)            # our own separators
 
 
 def test_two_queries_are_the_same_by_their_words():
@@ -369,43 +400,27 @@ def test_two_queries_are_the_same_by_their_words():
     others = [["how are you", ""], ["how", "are you"], ["howareyou"], ["how are you 2"], ["hów are you"]]
     assert len({query_key(query) for query in same + others}) == 1 + len(others)
     assert query_key(["ÄÖ 中文?"]) == query_key(["äö  中文"])
+    assert query_key(["कि"]) != query_key(["की"]) and query_key(["कि है।"]) == (("कि", "है"),)
 
 
-def test_seen_means_in_the_full_training_split_whatever_the_fraction(tmp_path):
-    folder = write(tmp_path, train="".join(f"q{i} __eou__ r{i}\n" for i in range(10)), validation="a __eou__ b",
-                   test="q0 __eou__ x\nnew __eou__ r1\nQ9 ?! __eou__ x\nr3 __eou__ q3\n")
-    config = {"data": str(folder), "turns": 1, "pairs": "steps", "seed": 0, "max_query": 8, "max_response": 8}
-    splits = load_splits(config | {"fraction": 0.1}, letters())
-    assert splits.seen == [True, False, True, False]                    # to be a response there is not enough
-    sizes = {"train": 1, "validation": 1, "test": 4}
-    assert {split: len(pairs) for split, pairs in splits.pairs.items()} == sizes
-    assert {split: len(examples) for split, examples in splits.examples.items()} == sizes
-    assert load_splits(config | {"fraction": 1.0}, letters()).seen == splits.seen
-
-
-tokens = st.lists(st.integers(1, 99), min_size=1, max_size=9)
-
-
-def row_length(example):
-    return len(example[0]) + len(example[1])
+@given(st.text(st.characters(max_codepoint=0x17f, exclude_characters="İ")))       # in lower case i and a mark
+def test_in_english_words_are_what_re_finds(text):
+    assert query_key([text]) == (tuple(re.findall(r"\w+", text.lower())),)
 
 
 @settings(max_examples=60, deadline=None)
-@given(examples=st.lists(st.tuples(tokens, tokens), min_size=1, max_size=9), size=st.integers(1, 10),
-       seed=st.none() | st.integers(0, 9))
-def test_batches_are_a_permutation_of_similar_lengths(examples, size, seed):
-    batches = group_by_length(examples, size, row_length, seed)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(1, 10), st.none() | st.integers(0, 9))
+def test_batches_are_a_permutation_of_similar_lengths(lengths, size, seed):
+    batches = group_by_length(lengths, size, seed)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1) and max(map(len, batches)) <= size
-    lengths = [[row_length(examples[i]) for i in batch] for batch in batches]
-    assert seed is not None or lengths == sorted(lengths, reverse=True)
-    for a, b in itertools.combinations(sorted(lengths, key=lambda batch: (max(batch), min(batch))), 2):
-        assert max(a) <= min(b)                                         # no example fits better in another batch
+    rows = sorted(([lengths[i] for i in batch] for batch in batches), key=lambda row: (max(row), min(row)))
+    assert all(max(a) <= min(b) for a, b in itertools.pairwise(rows))   # no example fits better in another batch
 
 
 def test_the_order_of_batches_and_their_company_change_with_the_seed():
-    examples = [([1] * (1 + i % 5), [1]) for i in range(200)]
-    one, again, other = (group_by_length(examples, 8, row_length, seed) for seed in (1, 1, 2))
+    lengths = [2 + i % 5 for i in range(200)]
+    one, again, other = (group_by_length(lengths, 8, seed) for seed in (1, 1, 2))
     assert one == again
     assert sorted(map(sorted, one)) != sorted(map(sorted, other))
-    assert [len(examples[batch[0]][0]) for batch in one] != [len(examples[batch[0]][0]) for batch in other]
+    assert [lengths[batch[0]] for batch in one] != [lengths[batch[0]] for batch in other]

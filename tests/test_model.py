@@ -1,12 +1,14 @@
-"""GPT against transformers' GPT-2: logits, gradients, keys and values, answers, and the tokens that are drawn."""
+"""GPT against transformers' GPT-2: logits, gradients, keys and values, answers. Tokens that are drawn; the device."""
 import random
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import Attention, GPT, GPTConfig, sample_next_token
+from conftest import SHARED
+from model import GPT, GPTConfig, UsageError, choose_device, sample_next_token
 
 
 def random_gpt2(seed=0, **given):
@@ -32,10 +34,14 @@ def loaded(model, folder):
     return GPT.from_pretrained(folder)
 
 
+def close(ours, theirs, tolerance=0.0):
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=tolerance)
+
+
 def assert_same_logits(gpt, model):
     ids = random_ids(model)
     with torch.no_grad():
-        torch.testing.assert_close(gpt(ids), model(ids).logits, atol=1e-4, rtol=0)
+        close(gpt(ids), model(ids).logits)
 
 
 # ------------------------------------------------------------------------------------------------------- the network
@@ -55,10 +61,8 @@ def test_gradients(tmp_path):
     theirs = dict(model.transformer.named_parameters())
     assert theirs.keys() == dict(gpt.named_parameters()).keys()
     for name, p in gpt.named_parameters():
-        grad = theirs[name].grad
-        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):        # transposed in transformers
-            grad = grad.t()
-        torch.testing.assert_close(p.grad, grad, atol=1e-4, rtol=1e-3, msg=lambda text: f"{name}: {text}")
+        transposed = name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+        close(p.grad, theirs[name].grad.t() if transposed else theirs[name].grad, 1e-3)
 
 
 def test_dropout_falls_where_it_falls_in_transformers(tmp_path):
@@ -71,7 +75,7 @@ def test_dropout_falls_where_it_falls_in_transformers(tmp_path):
     torch.manual_seed(1)
     ours = gpt.train()(ids)
     torch.manual_seed(1)
-    torch.testing.assert_close(ours, model.train()(ids).logits, atol=1e-4, rtol=0)
+    close(ours, model.train()(ids).logits)
 
 
 def test_a_row_in_pieces_equals_one_pass(tmp_path):
@@ -84,20 +88,25 @@ def test_a_row_in_pieces_equals_one_pass(tmp_path):
         for piece in ids.tensor_split([5, 6, 19], dim=1):
             hidden, past = gpt.hidden_states(gpt.wte(piece), past)
             pieces.append(hidden)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-4, rtol=0)
+        close(torch.cat(pieces, dim=1), whole)
         for mine, other in zip(past, presents, strict=True):
-            torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+            close(mine, other)
         cache = model(ids[:, :5]).past_key_values
         rest, _ = gpt.hidden_states(gpt.wte(ids[:, 5:]), [(layer.keys, layer.values) for layer in cache.layers])
-        torch.testing.assert_close(gpt.logits(rest), model(ids).logits[:, 5:], atol=1e-4, rtol=0)
+        close(gpt.logits(rest), model(ids).logits[:, 5:])
 
 
-def test_attention_alone_reads_its_past():
-    """Without a mask, too: the rest of a row behind the keys and values of its beginning."""
-    torch.manual_seed(0)
-    attention, x = Attention(GPTConfig(n_embd=12, n_head=3)), torch.randn(2, 7, 12)
-    (whole, _), (_, past) = attention(x), attention(x[:, :4])
-    torch.testing.assert_close(attention(x[:, 4:], past)[0], whole[:, 4:], atol=1e-5, rtol=0)
+def test_a_mask_hides_positions_as_in_transformers(tmp_path):
+    """It is True where a position may be read; positions are given, so that hidden ones are not counted."""
+    model = random_gpt2(seed=3)
+    gpt, ids = loaded(model, tmp_path), random_ids(model)
+    real = torch.rand(ids.shape) < 0.6
+    real[:, 0] = True
+    positions, T = real.cumsum(1) - 1, ids.size(1)
+    mask = torch.ones(T, T, dtype=torch.bool).tril() & real[:, None, None]
+    with torch.no_grad():
+        hidden, _ = gpt.hidden_states(gpt.wte(ids), None, mask, positions)
+        close(gpt.logits(hidden), model(ids, attention_mask=real.long(), position_ids=positions).logits)
 
 
 def test_autocast_rounds_no_logits():
@@ -112,61 +121,53 @@ def test_autocast_rounds_no_logits():
         exact = gpt(ids)
         with torch.autocast("cpu", torch.bfloat16):
             logits = gpt(ids)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert exact.mean() < -90 and logits.dtype == loss.dtype == torch.float32
+    assert exact.mean() < -90 and logits.dtype == torch.float32
     assert (logits.argmax(-1) != exact.argmax(-1)).float().mean() < 0.005
     assert (exact.bfloat16().argmax(-1) != exact.argmax(-1)).float().mean() > 0.1       # so the line above can fail
 
 
 # --------------------------------------------------------------------------------------------------- generating text
 
-def greedy(model, query, new, eot):
+def greedy(model, query, new, eot, **options):
     """transformers' greedy continuation of one query alone, without eot."""
     ids = model.generate(torch.tensor([query]), attention_mask=torch.ones(1, len(query)), max_new_tokens=new,
-                         do_sample=False, eos_token_id=eot, pad_token_id=eot)
+                         do_sample=False, eos_token_id=eot, pad_token_id=eot, **options)
     answer = ids[0, len(query):].tolist()
     return answer[:-1] if answer[-1] == eot else answer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("writer")
-
-
-@pytest.fixture(scope="module")
-def writer(folder):
-    """A transformers model, the same as GPT, queries of 1 to 60 tokens, and a token that ends some answers."""
+def writer(tmp_path_factory):
+    """A transformers model, its folder, the same as GPT, queries of 1 to 60 tokens, a token that ends some answers."""
     torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("writer")
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=84, n_embd=33, n_layer=2, n_head=3,
                                        initializer_range=0.6, bos_token_id=0, eos_token_id=0)).eval()
     gpt, r = loaded(model, folder), random.Random(0)
     queries = [[r.randrange(40) for _ in range(length)] for length in (3, 60, 1, 17, 2, 44, 1, 29, 8, 5, 51, 12)]
     free = gpt.generate(queries, max_new_tokens=24, eot=-1)
     eot = max(range(40), key=lambda token: len({answer.index(token) for answer in free if token in answer}))
-    return model, gpt, queries, eot
+    return model, folder, gpt, queries, eot
 
 
-def test_greedy_answers(writer, folder):
-    """They are transformers' and those of a loop without a cache, each query alone; company and order change none,
-    and dropout sleeps."""
-    model, gpt, queries, eot = writer
-
-    def slowly(query):
-        ids = list(query)
-        while len(ids) < len(query) + 24 and (token := gpt(torch.tensor([ids]))[0, -1].argmax().item()) != eot:
-            ids.append(token)
-        return ids[len(query):]
-
-    answers = GPT.from_pretrained(folder, dropout=0.5).train().generate(queries, max_new_tokens=24, eot=eot)
-    assert answers == [greedy(model, query, 24, eot) for query in queries] == [slowly(query) for query in queries]
-    assert answers[::-2] == gpt.generate(queries[::-2], 24, eot)
+def test_greedy_answers_equal_transformers(writer):
+    """Each query alone there; here company and order change none, and dropout sleeps for the time."""
+    model, folder, gpt, queries, eot = writer
+    noisy = GPT.from_pretrained(folder, dropout=0.5).train()
+    answers = noisy.generate(queries, max_new_tokens=24, eot=eot)
+    assert answers == [greedy(model, query, 24, eot) for query in queries] and all(m.training for m in noisy.modules())
+    assert answers[::-2] == gpt.generate(queries[::-2], 24, eot) and not gpt.training
     assert answers[3:4] == gpt.generate(torch.tensor(queries[3:4]), 24, eot)        # a tensor is as good as a list
+    assert gpt.generate(queries, 24) == gpt.generate(queries, 24, eot=0) != answers         # config.json's own
     lengths = [len(answer) for answer in answers]
     assert max(lengths) == 24 and min(lengths) < 12 and len(set(lengths)) > 3       # rows did end at different times
+    never = sorted({answer[0] for answer in answers if answer})
+    expected = [greedy(model, query, 24, eot, suppress_tokens=never) for query in queries]
+    assert gpt.generate(queries, 24, eot, suppress_tokens=never) == expected != answers
 
 
 def test_finished_rows_leave_and_each_token_costs_one_position(writer):
-    _, gpt, queries, eot = writer
+    _, _, gpt, queries, eot = writer
     shapes = []
     hook = gpt.h[0].register_forward_hook(lambda module, inputs, output: shapes.append(output[0].shape[:2]))
     answers = gpt.generate(queries, max_new_tokens=24, eot=eot)
@@ -176,35 +177,33 @@ def test_finished_rows_leave_and_each_token_costs_one_position(writer):
 
 
 def test_the_whole_room_of_n_positions_can_be_used_and_no_more(writer):
-    model, gpt, queries, _ = writer
+    model, _, gpt, queries, _ = writer
     assert gpt.generate(queries[:3], 24, eot=-1) == [greedy(model, query, 24, None) for query in queries[:3]]
-    assert gpt.generate(queries[2:3], 83, eot=-1) == [greedy(model, queries[2], 83, None)]
-    assert gpt.generate(queries[:3], 0) == [[], [], []]
-    with pytest.raises(ValueError, match="85.*84"):
-        gpt.generate(queries[:3], 25, eot=-1)
-    with pytest.raises(ValueError, match="query 1 has no tokens"):
-        gpt.generate([[1, 2], []], 1)
+    assert gpt.generate(queries[:3], 0) == [[], [], []] and gpt.generate([]) == []
+    for wrong, words in ((queries[:3], "85.*84"), ([[1, 2], []], "query 1 has no tokens"),
+                         ([1, 2, 3], "list of token lists")):
+        with pytest.raises(ValueError, match=words):
+            gpt.generate(wrong, 25, eot=-1)
 
 
-def test_the_checkpoint_knows_its_own_eot(writer, monkeypatch):
-    """It is config.json's eos_token_id, or else the vocabulary's last token."""
-    _, gpt, queries, eot = writer
-    assert gpt.config.eos_token_id == 0
-    for given, expected in ((eot, eot), (0, 0), (None, 39)):
-        monkeypatch.setattr(gpt.config, "eos_token_id", given)
-        assert gpt.generate(queries, 24) == gpt.generate(queries, 24, eot=expected)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_answer_is_made_of_nan(writer, temperature):
+    """From the first token on, or where a row comes to a bad position; and of float16's overflow in a sound model."""
+    _, folder, gpt, queries, _ = writer
+    for name, row in ("h.0.mlp.c_fc.bias", 3), ("wpe.weight", 61), ("wte.weight", 39):
+        bad = GPT.from_pretrained(folder)
+        bad.get_parameter(name).data[row] = torch.inf if name == "wte.weight" else torch.nan
+        with pytest.raises(FloatingPointError, match="next token"):
+            bad.generate(queries, 24, eot=-1, temperature=temperature)
+    large = GPT.from_pretrained(folder)
+    for block in large.h:               # the values times 2^15, and what follows divided by it: no other numbers
+        for p in block.attn.c_attn.parameters():
+            p.data[2 * 33:] *= 2.0 ** 15
+        block.attn.c_proj.weight.data /= 2.0 ** 15
+    assert large.generate(queries, 24) == gpt.generate(queries, 24)
+    with torch.autocast("cpu", torch.float16), pytest.raises(FloatingPointError, match="float16"):
+        large.generate(queries, 24, temperature=temperature)
 
-
-def test_dropout_sleeps_while_text_is_generated(writer, folder):
-    _, gpt, queries, eot = writer
-    noisy = GPT.from_pretrained(folder, dropout=0.5).train()
-    assert noisy.generate(queries, 24, eot) == gpt.generate(queries, 24, eot)
-    assert all(module.training for module in noisy.modules())
-    noisy.eval().generate(queries[:1], 3)
-    assert not any(module.training for module in noisy.modules())
-
-
-# ---------------------------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("temperature, top_p, shares", [
     (1.0, 1.0, [0.1, 0.5, 0.15, 0.25]), (1.0, 0.7, [0, 2 / 3, 0, 1 / 3]), (1.0, 0.4, [0, 1.0, 0, 0]),
@@ -216,3 +215,50 @@ def test_draws_come_from_the_nucleus(temperature, top_p, shares):
     found = sample_next_token(logits, temperature, top_p).bincount(minlength=4) / 20_000
     torch.testing.assert_close(found, torch.tensor(shares), atol=0.015, rtol=0)
     assert not found[torch.tensor(shares) == 0].any()
+
+
+@pytest.mark.parametrize("temperature, top_p", [
+    (-1, 1), (torch.nan, 1), (torch.inf, 1), (1, 90), (1, -0.1), (1, torch.nan)])
+def test_settings_out_of_range_are_refused(temperature, top_p):
+    with pytest.raises(ValueError, match="temperature .* top_p"):
+        sample_next_token(torch.zeros(1, 4), temperature, top_p)
+
+
+# --------------------------------------------------------------------------------------------------- device and type
+
+@pytest.mark.parametrize("device, gpu, expected, words", [
+    ("auto", {"capability": (7, 5)}, "cuda:0 float16", "no fast bfloat16"),
+    ("cuda", {"capability": (9, 0)}, "cuda:0 bfloat16", "TF32"), ("cuda:1", {"devices": 2}, "cuda:1 bfloat16", ""),
+    ("auto", {"capability": (13, 0)}, "cuda:0 bfloat16", ""),           # from compute_120
+    ("auto", {"capability": (7, 0)}, "cpu ", "no kernels for the GPU here, of compute capability 7.0"),
+    ("auto", {"capability": (9, 4), "architectures": "gfx90a gfx942"}, "cuda:0 bfloat16", "")], ids=str)      # ROCm
+def test_a_gpu_is_chosen_with_its_type_and_the_reason(device, gpu, expected, words, monkeypatch):
+    """On PyTorch's own Python: only the calls into CUDA are played."""
+    monkeypatch.syspath_prepend(SHARED / "tools")
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", int, raising=False)       # a PyTorch that knows of CUDA
+    fake, backends = pytest.importorskip("fake_cuda"), torch.backends
+    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+    try:
+        with fake.FakeCuda(**gpu):
+            found, dtype, why = choose_device(device)
+            assert f"{found} {dtype}".replace("torch.", "").startswith(expected) and words in why
+            if found.type == "cuda":
+                assert not backends.cuda.cudnn_sdp_enabled() and torch.cuda.current_device() == found.index
+                assert choose_device(device, "float32")[1:] == (torch.float32, "--dtype float32")
+                assert not backends.cudnn.allow_tf32                    # it would round p-tuning's LSTM in float32
+            with pytest.raises(UsageError, match="cuda:99: .* no such device"):
+                choose_device("cuda:99")
+    finally:
+        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = before
+        backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)])
+def test_on_a_cpu_bfloat16_is_chosen_where_it_is_fast(amx, avx512, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert choose_device("cpu")[:2] == (torch.device("cpu"), torch.bfloat16 if amx or avx512 else torch.float32)
+    assert choose_device("cpu", "float16")[1:] == (torch.float16, "--dtype float16")
+    for device in ("cuda:99", "cuda:", "foo", "cpu:1", "cuda:-1"):
+        with pytest.raises(UsageError, match=f"--device {device}"):
+            choose_device(device)

@@ -3,6 +3,8 @@ import torch
 import torch.nn as nn
 from torch.nn.utils.rnn import pad_sequence
 
+from prompt_encoder import METHODS
+
 LIMIT, EOT = 128, 50256         # the longest query; GPT-2's <|endoftext|>
 
 
@@ -29,9 +31,9 @@ class Theirs(nn.Module):
         return rows.to(self.gpt.device)
 
     def forward(self, examples):
-        """[(query ids, response ids), ...] -> mean loss per response token."""
+        """[(query ids, response ids), ...] -> the sum of the losses of the response tokens, as train_epoch takes it."""
         with self.autocast():
-            return self.loss(examples)
+            return self.loss(examples) * sum(len(response) for _, response in examples)
 
     def inputs(self, examples, prompts=False):
         """What GPT2LMHeadModel reads: mask and labels (-100 where there is no loss), with room for prompts."""
@@ -43,19 +45,13 @@ class Theirs(nn.Module):
         return self.gpt(self.pad([q + r for q, r in examples]), **self.inputs(examples)).loss
 
     def answers(self, examples):
-        from transformers import StoppingCriteria, StoppingCriteriaList
+        """Greedy answers, as long as the references. All rows run on to the longest: the checkpoint names no end."""
         rows, lengths = [q for q, _ in examples], [len(r) for _, r in examples]
-        T, limits = max(map(len, rows)), torch.tensor(lengths, device=self.gpt.device)
-
-        class AtReference(StoppingCriteria):
-            def __call__(self, ids, scores, **others):
-                return ids.size(1) - T >= limits                                        # row by row
-
+        T = max(map(len, rows))
         with torch.no_grad(), self.autocast():
             ids = self.gpt.eval().generate(
                 self.pad([[EOT] * (T - len(row)) + row for row in rows]), do_sample=False, max_new_tokens=max(lengths),
-                attention_mask=self.pad([[0] * (T - len(row)) + [1] * len(row) for row in rows]), pad_token_id=EOT,
-                stopping_criteria=StoppingCriteriaList([AtReference()]))
+                attention_mask=self.pad([[0] * (T - len(row)) + [1] * len(row) for row in rows]), pad_token_id=EOT)
         return [row[:n - 1] for row, n in zip(ids[:, T:].tolist(), lengths)]            # without the end
 
 
@@ -95,24 +91,25 @@ class TheirPrefix(Theirs):
     def __init__(self, folder, dtype):
         from peft import PrefixTuningConfig, get_peft_model
         super().__init__(folder, dtype)
-        self.gpt = get_peft_model(self.gpt, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10,
-                                                               prefix_projection=True, encoder_hidden_size=512))
+        self.gpt = get_peft_model(self.gpt, PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=METHODS["prefix"].default_length, prefix_projection=True,
+            encoder_hidden_size=512))
         self.prompt = self.gpt.prompt_encoder["default"]
 
 
 class TheirDialogPrompt(Theirs):
-    frozen = "all"
+    frozen, k = "all", METHODS["dialogprompt"].default_length
 
     def __init__(self, folder, dtype):
         from transformers import GPT2Config, GPT2Model
         super().__init__(folder, dtype)
-        config = self.gpt.config.to_dict() | {"vocab_size": 5, "n_positions": 5, "add_cross_attention": True}
+        config = self.gpt.config.to_dict() | {"vocab_size": self.k, "n_positions": self.k, "add_cross_attention": True}
         self.prompt = GPT2Model(GPT2Config(**config))
 
     def loss(self, examples):
         query, mask = self.pad([q for q, _ in examples]), self.pad([[1] * len(q) for q, _ in examples])
         context = self.gpt.transformer(query, attention_mask=mask, use_cache=False).last_hidden_state
-        virtual_tokens = torch.arange(5, device=query.device).expand(len(query), -1)
+        virtual_tokens = torch.arange(self.k, device=query.device).expand(len(query), -1)
         past = self.prompt(virtual_tokens, encoder_hidden_states=context, encoder_attention_mask=mask, use_cache=True)
         inputs = self.inputs(examples)
         inputs["attention_mask"] = torch.cat((torch.ones_like(virtual_tokens), inputs["attention_mask"]), dim=1)
