@@ -237,17 +237,17 @@ class Run:
     def __init__(self, config, device, dtype):
         self.config, folder = config, checkpoint_folder(config["model"])
         self.tokenizer, gpt = load_tokenizer(folder), GPT.from_pretrained(folder, config["dropout"])
-        sha256 = hashlib.sha256()
+        words, V = word_ids(self.tokenizer) | {self.tokenizer.eot_token}, gpt.config.vocab_size
+        sha256 = hashlib.sha256(repr([self.tokenizer.decode_single_token_bytes(i) for i in sorted(words)]).encode())
         for tensor in gpt.state_dict().values():
             sha256.update(tensor.numpy())
         self.weights = sha256.hexdigest()
         if config.get("weights", self.weights) != self.weights:
-            raise ValueError(f"{folder}: the weights have changed since this run began, so its results would be of "
-                             f"another model; put the old ones back, or train again")
+            raise ValueError(f"{folder}: the weights or the vocabulary have changed since this run began, so its "
+                             f"results would be of another model; put the old ones back, or train again")
         source = inspect.getsource(model_module) + inspect.getsource(prompt_encoder)
         self.code = hashlib.sha256(source.encode()).hexdigest()     # with other code, an old run's scores may be others
         gpt.config.eos_token_id = self.tokenizer.eot_token
-        words, V = word_ids(self.tokenizer) | {self.tokenizer.eot_token}, gpt.config.vocab_size
         if max(words) >= V:
             raise ValueError(f"{folder}: the tokenizer has ids up to {max(words)}, but config.json says vocab_size {V}")
         self.suppress_tokens = [i for i in range(V) if i not in words]          # rows of wte that stand for no word
@@ -490,7 +490,8 @@ def table(path):
     for (data, model, note), groups in tables.items():
         rows = []
         for config, label, results in groups:
-            losses, swaps = zip(*((math.log(r["test"]["perplexity"]), r["swap"]) for r in results))
+            losses = [math.log(r["test"]["perplexity"]) for r in results if r["test"]["n"]]
+            swaps = [r["swap"] for r in results]
             rows.append(row(f"{100 * config['fraction']:g}%", label, len(results), results, losses, swaps))
         with contextlib.suppress(OSError, ValueError):                  # the data may have moved since
             for name, results in baselines(data, config["turns"], config["pairs"] == "sliding").items():
@@ -501,13 +502,14 @@ def table(path):
     return "\n".join(text)
 
 
-def report(results, examples=()):
-    """A run's test table, and some answers."""
+def report(*runs, examples=()):
+    """Contents of results.json -> a table, a row for all test pairs and one for the unseen ones; and some answers."""
     rows = []
-    for part in "test", "test_unseen":
-        name = f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)"
-        rows.append({"Test pairs": name, "Method": results["method"], "Swap": mean_std([results["swap"]], 3),
-                     **metric_cells([results[part]])})
+    for results in runs:
+        for part in "test", "test_unseen":
+            name = f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)"
+            rows.append({"Test pairs": name, "Method": results["method"], "Swap": mean_std([results.get("swap")], 3),
+                         **metric_cells([results[part]])})
     text = [f"\n    query: {' / '.join(e['query'])}\nreference: {e['reference']}\n response: {e['response']}"
             for e in examples]
     return "\n".join([markdown(rows), *text])
@@ -518,13 +520,16 @@ def compare(paths, queries=None, device="auto", dtype="auto"):
     spaced, or to the lines of a file. Raises UsageError where the runs' test pairs differ."""
     columns = {}
     if queries:
-        asked = [line for line in map(clean_turn, Path(queries).read_text(encoding="utf-8-sig").splitlines()) if line]
+        asked = [line for line in map(clean_turn, Path(queries).read_text(encoding="utf-8-sig").split("\n")) if line]
+        if not asked:
+            raise ValueError(f"{queries} has no query in it, expected one in each line")
         for path in paths:
             run = load_run(path, device, dtype)
             columns[str(path)] = [run.reply(query) for query in asked]
     else:
         for path in paths:
-            lines = [json.loads(line) for line in (path / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+            with open(path / "generations.jsonl", encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file]
             pairs = [(" / ".join(line["query"]), line["reference"]) for line in lines]
             if path == paths[0]:
                 common = pairs
@@ -550,6 +555,7 @@ def explain(run, query, queries):
             token = decode([ids[i]]) if len(prompt) == len(ids) else str(i)
             lines.append(f"{token!r:>16}  ->  " + "  ".join(repr(decode([word])) for word in nearest))
     own = run.tokenizer.encode_ordinary(run.answer([ids])[0]) + [run.tokenizer.eot_token]
+    own = own[:run.config["max_new_tokens"]]
     others = sorted((other for other in queries if len(other) >= len(ids) and other != ids), key=len)[:3]
     for other in [ids, *others]:                        # swapped, the first row gets the prompt of the last
         loss = model([(ids, own), (other, own)], swapped=True)[:len(own)].mean().item()
@@ -616,13 +622,13 @@ def plot_runs(path):
         panels = part.subplots(1, 3)
         for panel, metric in zip(panels, ("bleu4", "novelty", "diversity")):
             for marker, ((label, method), points) in zip("osD^vPX*<>" * len(lines), sorted(lines.items())):
-                for test, style, name in ("test", "-", label), ("test_unseen", ":", None):
+                for test, style, fill, name in ("test", "-", "full", label), ("test_unseen", ":", "none", None):
                     values = [[r[test][metric] for r in results] for _, results in points]
                     spread = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in values]
                     panel.errorbar([100 * x for x, _ in points], list(map(statistics.fmean, values)), spread,
-                                   label=name, color=COLORS[method], linestyle=style, marker=marker, markersize=4,
-                                   capsize=3)
-            panel.set(title=COLUMNS[metric][0], xlabel="training data (%)", ylim=(0, None))
+                                   label=name, color=COLORS[method], linestyle=style, marker=marker, fillstyle=fill,
+                                   markersize=5, capsize=3)
+            panel.set(title=COLUMNS[metric][0], xlabel="training data (%)", xlim=(0, 105), ylim=(0, None))
             panel.grid(alpha=0.3)
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return save_figure(figure, Path(path), "figure2")
@@ -698,7 +704,7 @@ def run_command(main):
         text = " ".join(str(error).split())
         if isinstance(error, FileNotFoundError) and error.filename:
             text = f"{error.filename} is missing"
-        elif type(error) is not RuntimeError and not isinstance(error, torch.OutOfMemoryError):
+        elif isinstance(error, (ValueError, OSError, FloatingPointError)):
             pass
         elif "memory" in text:
             text = f"out of memory: lower --batch-size or --max-query, or choose a smaller --model ({text:.200})"
@@ -738,12 +744,13 @@ def main():
     for flag, having in useful.items():
         if getattr(args, flag) is not None and mode not in having:
             parser.error(f"--{flag.replace('_', '-')} has no use here, it is for {', '.join(having)}")
+    if not 0 <= (args.temperature or 0) < math.inf or args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and a share above 0")
     if mode == "compare" and not args.paths or mode != "compare" and len(args.paths) != (mode != "lookup"):
         parser.error(f"{len(args.paths)} folders are given, expected {'none' if mode == 'lookup' else 'a run'}")
     path, device, dtype = Path(*args.paths[:1]), args.device or "auto", args.dtype or "auto"
     if mode == "lookup":
-        for name, results in baselines(args.data or "sample").items():
-            print(report({"method": name, "swap": None, **results}))
+        print(report(*({"method": name, **found} for name, found in baselines(args.data or "sample").items())))
     elif mode == "table":
         print(table(path))
     elif mode == "plot":

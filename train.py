@@ -136,6 +136,8 @@ def fit(run, splits, config, folder, label=""):
     elif (folder / "log.jsonl").exists():
         raise FileNotFoundError(f"{folder / 'last.pt'} is missing, though log.jsonl beside it has epochs: there is "
                                 f"nothing to resume from, choose --overwrite or another --out")
+    else:
+        print0(f"{label}starting from the beginning")
     if main_process():                                  # not before all that the run stands on has been read
         (folder / "results.json").unlink(missing_ok=True)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -254,7 +256,7 @@ def progress(label, done, steps, seconds_more):
     """A function for `train_epoch` that shows, a few times a second, how far the training is: in a terminal or a
     notebook."""
     begun = shown = time.perf_counter()
-    interactive = sys.stdout.isatty() or "ipykernel" in sys.modules
+    interactive = "ipykernel" in sys.modules or sys.stdout is not None and sys.stdout.isatty()
 
     def show(step, loss):
         nonlocal shown
@@ -286,17 +288,17 @@ def claim_folder(folder, config, resume, overwrite):
             file.write(json.dumps(config, indent=2) + "\n")
         return
     before = read_json(path)
-    differing = [k for k in config if before.get(k) != config[k] and k != "code"]
+    differing = [k for k in config if before.get(k) != config[k] and k not in ("weights", "dialogues", "code")]
     changes = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {config[k]})" for k in differing)
     if not resume:
         raise FileExistsError(f"{folder} already holds a run" + (f" with {changes}" if changes else "")
                               + ": choose --resume, --overwrite or another --out")
-    for name, what in ("weights", config["model"]), ("dialogues", config["data"]):
-        if differing == [name]:
-            raise ValueError(f"{what}: the {name} have changed since this run began; put the old ones back, or train "
-                             f"again")
     if differing and (differing != ["epochs"] or before["epochs"] > config["epochs"] or config["trials"] > 1):
         raise UsageError(f"{folder} was started with other settings: {changes}")
+    for name, what in ("weights", config["model"]), ("dialogues", config["data"]):
+        if before.get(name) != config[name]:
+            raise ValueError(f"{what}: the {name} have changed since this run began; put the old ones back, or train "
+                             f"again")
 
 
 def remove_run(folder):
@@ -320,7 +322,7 @@ def default_folder(config, defaults):
                    for name in (config["data"], config["model"]))
     name = f"{data}-{model}-{config['method']}-{config['fraction']}-s{config['seed']}"
     for key, value in config.items():
-        if key not in ("data", "model", "method", "fraction", "seed") and value != defaults[key]:
+        if key not in ("data", "model", "method", "fraction", "seed") and value not in (None, defaults[key]):
             name += f"-{key.replace('_', '-')}{value}"
     return Path("runs") / name
 
@@ -476,7 +478,7 @@ def train(arguments=None, **flags):
             chosen = "before training"
         print0(f"\ntested: epoch {best['epoch']} of {args.epochs} ({chosen}; BLEU4 {best['val_bleu4']:.4f}, "
                f"loss {best['val_loss']:.3f})\n")
-        print0(report(results, generations[::max(1, len(generations) // 5)][:5]) + f"\n\n{folder}")
+        print0(report(results, examples=generations[::max(1, len(generations) // 5)][:5]) + f"\n\n{folder}")
     return run
 
 

@@ -549,7 +549,7 @@ def test_compare(tmp_path):
     (2, "RUN --temperature 1"), (2, "RUN --lookup"), (2, "RUN --queries x"), (2, "RUN --chat --overwrite"),
     (2, "--table RUN --dtype float32"), (2, "RUN RUN"), (2, "--lookup --model x"), (2, "RUN --device cuda:99"),
     (1, "nowhere"), (1, "nowhere --chat"), (1, "nowhere --table"), (1, "nowhere --plot"), (1, "--compare RUN nowhere"),
-    (1, "--lookup --data nowhere"), (1, "RUN --chat --temperature nan"), (1, "RUN --chat --top-p 90")])
+    (1, "--lookup --data nowhere"), (2, "RUN --chat --temperature nan"), (2, "RUN --chat --top-p 90")])
 def test_usage_errors_and_folders_that_are_not_there(status, arguments, tmp_path, monkeypatch):
     """Among them: flags that would do nothing."""
     monkeypatch.chdir(tmp_path)

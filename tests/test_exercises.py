@@ -1,4 +1,5 @@
-"""The solutions of README's exercises, tests/exercises: each is applied to a copy of the code, and keeps its promise."""
+"""The solutions of README's exercises, tests/exercises: each is applied to a copy of the code, and does as promised."""
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from model import GPT
 from prompt_encoder import PromptedGPT
 from runs import MODEL, SMALL, lines_of, results_of
 
-DYNAMIC = ["--method", "dynamic", *SMALL, "--epochs", 1, "--out", "run"]
+DYNAMIC = ["--method", "dynamic", *SMALL, "--epochs", 1, "--max-new-tokens", 8, "--out", "run"]
 C, L, K = 32, 2, 10         # the small model's width and layers, and exercise 4's default_length
 TRAIN = """import doctest, prompt_encoder, train
 assert doctest.testmod(prompt_encoder).failed == 0
@@ -19,7 +20,7 @@ train.run_command(train.main)"""
 
 @pytest.fixture
 def solve(tmp_path):
-    """Apply these exercises' diffs to a copy of the code -> a function that runs Python there."""
+    """Apply these exercises' diffs to a copy of the code -> a function that runs Python there, with one thread."""
     def apply(*numbers):
         for name in ("model.py", "prompt_encoder.py", "data.py", "evaluate.py", "train.py"):
             shutil.copy(ROOT / name, tmp_path)
@@ -29,7 +30,8 @@ def solve(tmp_path):
             program = ["git", "apply"] if shutil.which("git") else ["patch", "-p1", "-i"]
             subprocess.run([*program, diff], cwd=tmp_path, check=True)
         return lambda *arguments: subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, encoding="utf-8")
+            [sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, encoding="utf-8",
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
     return apply
 
 
@@ -70,7 +72,7 @@ def test_another_controller_trains(solve, tmp_path, numbers, more):
 
 
 def test_the_broken_padding_rule_is_seen(solve, tmp_path):
-    """By train.py, which refuses it, and by the neighbours test, but not by a table of results."""
+    """By train.py, which refuses it, and by the neighbours test; without that check, a table shows nothing."""
     python = solve(7)
     done = python("-c", TRAIN, *DYNAMIC)
     assert done.returncode == 1 and done.stderr.startswith("error: --method dynamic: what DynamicPrompt.forward writes")

@@ -168,11 +168,9 @@ def test_from_python(tmp_path):
 
 # ------------------------------------------------------------------------------------------- interrupted and resumed
 
-save = torch.save
-
-
-def interrupt_in_a_save():
-    save({}, mock.Mock(write=mock.Mock(side_effect=KeyboardInterrupt)))         # PyTorch makes a RuntimeError of it
+def interrupt_in_a_save(save=torch.save):
+    """PyTorch makes a RuntimeError of it."""
+    save({}, mock.Mock(write=mock.Mock(side_effect=[1, KeyboardInterrupt, *range(99)])))
 
 
 @pytest.mark.parametrize("method, owner, name, number, after", [
