@@ -361,7 +361,7 @@ class PromptedGPT(nn.Module):
     [4, 4]
     """
 
-    def __init__(self, gpt, method, prompt_length=None, max_query=128, controller_layers=2, controller_init="gpt",
+    def __init__(self, gpt, method, prompt_length=None, max_query=128, controller_layers=2, controller_init="random",
                  train_embeddings=None, dtype=torch.float32):
         super().__init__()
         if method not in METHODS:

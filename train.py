@@ -353,7 +353,7 @@ def make_parser():
         "dialogpt-small|medium|large, owner/name on the Hugging Face Hub, or a folder" + default_note)
     add("--prompt-length", type=number(int, 1, 10**6), help=f"k {of_methods('default_length')}")
     add("--controller-layers", type=number(int, 1, 1000), help="depth of dynamic's controller (default: 2)")
-    add("--controller-init", choices=("random", "gpt"), help="gpt (default): start as the GPT's own layers")
+    add("--controller-init", choices=("random", "gpt"), help="gpt: start as the GPT's own layers (default: random)")
     add("--dropout", type=number(float, 0, 0.99), help=f"in training {of_methods('dropout')}")
     add("--train-embeddings", action=argparse.BooleanOptionalAction,
         help="train the word embeddings (default: finetune, embeddings, soft and dynamic do)")
@@ -406,7 +406,7 @@ def settings(args):
     defaults = {"prompt_length": method.default_length, "dropout": method.dropout,
                 "train_embeddings": method.trains_embeddings, "lr": method.learning_rate if args.trials == 1 else None}
     if uses["controller_layers"]:
-        defaults |= {"controller_layers": 2, "controller_init": "gpt"}
+        defaults |= {"controller_layers": 2, "controller_init": "random"}
     for key, value in defaults.items():
         if config[key] is None:
             config[key] = value
@@ -460,8 +460,9 @@ def train(arguments=None, **flags):
     check_padding(run.model, args.method, splits.examples["train"])
     config |= {"weights": run.weights, "dialogues": splits.fingerprint, "code": run.code}
     from_main_process(lambda: claim_folder(folder, config, args.resume, args.overwrite))
-    finished = (folder / "results.json").exists()
-    if args.resume and finished and read_json(folder / "config.json")["epochs"] == args.epochs:
+    finished = from_main_process(lambda: args.resume and (folder / "results.json").exists()
+                                 and read_json(folder / "config.json")["epochs"] == args.epochs)
+    if finished:
         print0(f"{folder} is already finished: nothing to resume")
         return load_run(folder, str(device), args.dtype)
     counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in splits.pairs.items())

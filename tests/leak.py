@@ -236,7 +236,7 @@ def draw(done, size, file):
     panels[1, 2].set_xlim(-0.2, 1.2)
     seen = [result["seen"]["n"] for result in over_seeds(done, "leak", 1.0, "finetune")]
     figure.suptitle(f"200 test pairs of DailyDialog, of which {min(seen)} to {max(seen)} have a query that is a "
-                    f"training query, too", fontsize=16)
+                    f"training query, too ({len(SEEDS)} seeds: mean and range)", fontsize=15)
     lines = [Line2D([], [], color=colour, marker="o", label=name) for name, (colour, _, _) in METHODS.items()]
     lines += [Line2D([], [], color="0.4", lw=1, label="the references' novelty"),
               Line2D([], [], color="k", label="seen queries"),

@@ -28,7 +28,7 @@ def test_the_idea_in_code_is_the_code():
     source = (ROOT / "prompt_encoder.py").read_text(encoding="utf-8").splitlines()
     section = README[README.index("## The idea in code"):README.index("## Reading order")]
     lines = [line for code in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL) for line in code.splitlines()]
-    assert len(lines) > 8 and [line for line in lines if line not in source] == []
+    assert len(lines) > 5 and [line for line in lines if line not in source] == []
 
 
 def test_the_worked_example_and_the_trace_print_what_stands_below_them():
@@ -39,7 +39,8 @@ def test_the_worked_example_and_the_trace_print_what_stands_below_them():
 
 def test_training_loops_of_your_own():
     assert run(block("model.trained().values()")[0]) == "[[32, 1126, 13]]\n"
-    assert run(block("inputs_embeds")[0]) == "tensor([[  32, 1126,   13, 4095]])\n"
+    code = (ROOT / "tests/with_transformers.py").read_text(encoding="utf-8")
+    assert run(code, ROOT / "tests") == "tensor([[  32, 1126,   13, 4095]])\n"
 
 
 def test_dialogues_in_a_list(tmp_path):
