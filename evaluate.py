@@ -360,7 +360,7 @@ def load_run(folder, device="auto", dtype="auto", model=None, data=None):
 
     >>> run = load_run("runs/sample-tiny-dialogpt-dynamic-1.0-s0")      # doctest: +SKIP
     >>> run.reply("Do you like music?")                                 # doctest: +SKIP
-    'Yes, I do, but I like to read.'
+    "I do, but I'm not very good at it."
     """
     path = Path(folder) / "best.pt"
     if not path.exists():

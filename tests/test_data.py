@@ -162,7 +162,7 @@ def test_merges_that_tiktoken_reads_differently_are_refused(tmp_path, merges, so
             load_tokenizer(tmp_path)
 
 
-TEMPLATE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {EOT: {"id": EOT}}}
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": EOT}}, {"Sequence": {"id": "A"}}]}
 WORD = {"id": 999, "content": "covid", "special": False}
 
 

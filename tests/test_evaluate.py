@@ -396,7 +396,7 @@ def test_export_for_peft(tmp_path, method):
     assert (found[:7] - plain).abs().max() > 1e-2       # the prompt does something
 
 
-@pytest.mark.parametrize("method", set(METHODS) - {"finetune", *PEFT})
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"finetune", *PEFT}))
 def test_what_has_no_such_form_says_so(tmp_path, method):
     failed(run(evaluate, finished(method), "--export", tmp_path / "new"), 2, method, ", ".join(PEFT))
     both = finished("prefix", "--train-embeddings", "--epochs", 0)          # an adapter cannot hold word embeddings

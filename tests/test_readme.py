@@ -12,9 +12,9 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 
 
 def block(words):
-    """The Python block with these words in it, and the block behind it."""
+    """The Python block with these words in it, and the block behind it, if there is one."""
     (i,) = [i for i, (language, code) in enumerate(BLOCKS) if language == "python" and words in code]
-    return BLOCKS[i][1], BLOCKS[i + 1][1]
+    return BLOCKS[i][1], "".join(code for _, code in BLOCKS[i + 1:i + 2])
 
 
 def run(code, folder=ROOT):
@@ -37,8 +37,7 @@ def test_the_worked_example_and_the_trace_print_what_stands_below_them():
         assert run(code) == printed
 
 
-def test_training_loops_of_your_own():
-    assert run(block("model.trained().values()")[0]) == "[[32, 1126, 13]]\n"
+def test_the_controller_beside_transformers():
     code = (ROOT / "tests/with_transformers.py").read_text(encoding="utf-8")
     assert run(code, ROOT / "tests") == "tensor([[  32, 1126,   13, 4095]])\n"
 
@@ -54,7 +53,7 @@ def test_the_converters(tmp_path):
     (tmp_path / "chats.jsonl").write_text('{"turns": ["Hi,\\nyou.", "Hello."]}\n{"turns": ["Bye.", "See you."]}\n')
     (tmp_path / "chats.txt").write_text("Anna: Hi,\nyou.\nBen: Hello.\n\nAnna: Bye.\nBen: See you.\n")
     code, _ = block("csv.DictReader")
-    code = re.sub(r"^(dialogues = .*)", r"\1; print(dialogues)", code, flags=re.MULTILINE)
+    code = re.sub(r"^(dialogues = .*)", r"\1\nprint(dialogues)", code, flags=re.MULTILINE)
     assert run(code, tmp_path).splitlines() == [str([["Hi,\nyou.", "Hello."], ["Bye.", "See you."]])] * 3
     (tmp_path / "mine.txt").write_text((tmp_path / "mine.txt").read_text() * 3)
     assert ["Hi, you.", "Hello."] in read_dialogues(tmp_path / "mine.txt")["train"] + read_dialogues(tmp_path / "mine.txt")["test"]
