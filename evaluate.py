@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import glob
 import hashlib
-import inspect
 import json
 import math
 import re
@@ -27,8 +26,6 @@ from pathlib import Path
 
 import torch
 
-import model as model_module
-import prompt_encoder
 from data import (cache_folder, checkpoint_folder, clean_turn, encode_pairs, load_tokenizer, make_pairs, query_key,
                   read_dialogues, read_json, take_fraction, word_ids)
 from model import GPT, UsageError, choose_device, evaluation, load_tensors, reading, write_safetensors, write_text
@@ -54,6 +51,11 @@ def as_list(texts):
     return list(texts)
 
 
+def token_pairs(outputs, references):
+    """-> [(tokens of an output, tokens of its reference), ...]. Raises ValueError where there are not as many."""
+    return [(tokenize(o), tokenize(r)) for o, r in zip(as_list(outputs), as_list(references), strict=True)]
+
+
 def ngrams(tokens, n):
     return Counter(zip(*(tokens[i:] for i in range(n))))
 
@@ -67,18 +69,17 @@ def corpus_bleu(outputs, references, n=4):
     >>> round(corpus_bleu(["the cat sat down"], ["the cat sat down ."], n=2), 4)        # exp(1 - 5/4)
     0.7788
     """
-    outputs, references = [[tokenize(text) for text in as_list(texts)] for texts in (outputs, references)]
-    logs = 0.0
+    pairs, logs = token_pairs(outputs, references), 0.0
     for order in range(1, n + 1):
         matches = total = 0
-        for output, reference in zip(outputs, references, strict=True):
+        for output, reference in pairs:
             counts = ngrams(output, order)
             matches += (counts & ngrams(reference, order)).total()
             total += max(1, counts.total())             # as nltk has it: an output too short still counts 1
         if matches == 0:
             return 0.0
         logs += math.log(matches / total)
-    brevity = min(0, 1 - sum(map(len, references)) / sum(map(len, outputs)))
+    brevity = min(0, 1 - sum(len(reference) for _, reference in pairs) / sum(len(output) for output, _ in pairs))
     return math.exp(brevity + logs / n)
 
 
@@ -87,16 +88,14 @@ def corpus_nist(outputs, references, n=5):
 
     An n-gram's information is log2(count of its first n - 1 words / its own count), over all references.
     """
-    outputs, references = [[tokenize(text) for text in as_list(texts)] for texts in (outputs, references)]
-    counts = Counter()
-    for reference in references:
+    pairs, counts, score = token_pairs(outputs, references), Counter(), 0.0
+    for _, reference in pairs:
         for order in range(1, n + 1):
             counts.update(ngrams(reference, order))
-    words, length = sum(map(len, references)), sum(map(len, outputs))
-    score = 0.0
+    words, length = sum(len(reference) for _, reference in pairs), sum(len(output) for output, _ in pairs)
     for order in range(1, n + 1):
         gain = total = 0
-        for output, reference in zip(outputs, references, strict=True):
+        for output, reference in pairs:
             found = ngrams(output, order)
             total += found.total()
             gain += sum(count * math.log2((counts[gram[:-1]] if order > 1 else words) / counts[gram])
@@ -125,7 +124,7 @@ def rouge_l(outputs, references):
         precision, recall = best[-1] / max(1, len(output)), best[-1] / max(1, len(reference))
         return 2 * precision * recall / (precision + recall) if best[-1] else 0.0
 
-    scores = [f1(tokenize(o), tokenize(r)) for o, r in zip(as_list(outputs), as_list(references), strict=True)]
+    scores = [f1(output, reference) for output, reference in token_pairs(outputs, references)]
     return statistics.fmean(scores) if scores else 0.0
 
 
@@ -195,6 +194,13 @@ def score(outputs, pairs, seen, training_responses, losses=None):
 
 # ------------------------------------------------------------------------------------------------------------- a run
 
+def sha256(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 @dataclass
 class Splits:
     """What a run trains and is tested on, as text and as token ids, and which test queries the training set has."""
@@ -218,7 +224,7 @@ def load_splits(config, tokenizer):
                              f"--pairs {config['pairs']})")
     limits = config["max_query"], config["max_response"]
     examples = {split: encode_pairs(part, tokenizer, *limits) for split, part in pairs.items()}
-    fingerprint = hashlib.sha256(json.dumps([dialogues, examples]).encode()).hexdigest()
+    fingerprint = sha256(json.dumps([dialogues, examples]).encode())
     if config.get("dialogues", fingerprint) != fingerprint:
         raise ValueError(f"{data}: the dialogues or the tokenizer have changed since this run began, so its results "
                          f"would be of other data; put the old ones back, or train again")
@@ -238,15 +244,13 @@ class Run:
         self.config, folder = config, checkpoint_folder(config["model"])
         self.tokenizer, gpt = load_tokenizer(folder), GPT.from_pretrained(folder, config["dropout"])
         words, V = word_ids(self.tokenizer) | {self.tokenizer.eot_token}, gpt.config.vocab_size
-        sha256 = hashlib.sha256(repr([self.tokenizer.decode_single_token_bytes(i) for i in sorted(words)]).encode())
-        for tensor in gpt.state_dict().values():
-            sha256.update(tensor.numpy())
-        self.weights = sha256.hexdigest()
+        vocabulary = repr([self.tokenizer.decode_single_token_bytes(i) for i in sorted(words)])
+        self.weights = sha256(vocabulary.encode(), *(tensor.numpy() for tensor in gpt.state_dict().values()))
         if config.get("weights", self.weights) != self.weights:
             raise ValueError(f"{folder}: the weights or the vocabulary have changed since this run began, so its "
                              f"results would be of another model; put the old ones back, or train again")
-        source = inspect.getsource(model_module) + inspect.getsource(prompt_encoder)
-        self.code = hashlib.sha256(source.encode()).hexdigest()     # with other code, an old run's scores may be others
+        # With other code, an old run's scores may be others.
+        self.code = sha256(*(Path(__file__).with_name(file).read_bytes() for file in ("model.py", "prompt_encoder.py")))
         gpt.config.eos_token_id = self.tokenizer.eot_token
         if max(words) >= V:
             raise ValueError(f"{folder}: the tokenizer has ids up to {max(words)}, but config.json says vocab_size {V}")
@@ -408,12 +412,12 @@ def baselines(data, turns=1, sliding=False):
 COLUMNS = {"bleu1": ("BLEU1", 3), "bleu2": ("BLEU2", 3), "bleu3": ("BLEU3", 3), "bleu4": ("BLEU4", 3),
            "novelty": ("Novelty", 3), "diversity": ("Diversity", 3), "distinct1": ("Dist-1", 3),
            "distinct2": ("Dist-2", 3), "nist": ("NIST", 2), "rouge_l": ("ROUGE-L", 3), "length": ("Length", 1),
-           "perplexity": ("PPL", 1)}
+           "perplexity": ("PPL", 1)}                    # a metric's title, and how many digits are shown
 
 
 def mean_std(values, digits):
     """Several seeds' values -> mean ± sample standard deviation; a single one alone."""
-    values = [v for v in values if v is not None]
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
@@ -422,11 +426,8 @@ def mean_std(values, digits):
 
 def metric_cells(seeds):
     """The M of each seed -> {title: cell} for every metric."""
-    cells = {}
-    for name in list(seeds[0])[1:]:
-        title, digits = COLUMNS.get(name, (name, 3))
-        cells[title] = mean_std([m[name] for m in seeds], digits)
-    return cells
+    titles = {name: COLUMNS.get(name, (name, 3)) for name in seeds[0] if name != "n"}
+    return {title: mean_std([m[name] for m in seeds], digits) for name, (title, digits) in titles.items()}
 
 
 def markdown(rows, words=2):
@@ -436,15 +437,14 @@ def markdown(rows, words=2):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def short_name(name):
-    """For a table: a data set's or a model's name; of a path, its last part."""
-    return Path(name).name
-
-
-def query_note(config):
-    """What a query is, if not the turn before the response."""
-    note = f", {config['turns']} turns" if config["turns"] > 1 else ""
-    return note + (", sliding" if config["pairs"] == "sliding" else "")
+def report(*runs, examples=()):
+    """Contents of results.json -> a table, a row for all test pairs and one for the unseen ones; and some answers."""
+    rows = [{"Test pairs": f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)", "Method": results["method"],
+             "Swap": mean_std([results.get("swap")], 3), **metric_cells([results[part]])}
+            for results in runs for part in ("test", "test_unseen")]
+    text = [f"\n    query: {' / '.join(e['query'])}\nreference: {e['reference']}\n response: {e['response']}"
+            for e in examples]
+    return "\n".join([markdown(rows), *text])
 
 
 def grouped_runs(path):
@@ -455,22 +455,27 @@ def grouped_runs(path):
         raise FileNotFoundError(f"{path} holds no finished run (no results.json below it)")
     groups = {}
     for file in sorted({Path(file).resolve() for file in files}):
-        config, results = read_json(file.parent / "config.json"), read_json(file)
-        if config.get("version") != Run.version or config.get("method") not in METHODS:
+        config = read_json(file.parent / "config.json")
+        if config.get("version") != Run.version:
             raise ValueError(f"{file.parent} was written by another version of this project")
         key = json.dumps({k: v for k, v in config.items() if k not in ("seed", "dialogues")}, sort_keys=True)
         _, seeds = groups.setdefault(key, (config, {}))
-        seeds.setdefault(config["seed"], results)                       # a copy of a run is no new seed
-    order, labelled = ("data", "model", "turns", "pairs", "fraction"), []
-    found = sorted(groups.values(), key=lambda group: (
-        [group[0][k] for k in order], list(METHODS).index(group[0]["method"])))
-    for config, seeds in found:
-        others = [c for c, _ in found if all(c[k] == config[k] for k in ("method", "data", "model"))]
+        seeds.setdefault(config["seed"], read_json(file))               # a copy of a run is no new seed
+    order, found = ("data", "model", "turns", "pairs", "fraction"), []
+    for config, seeds in groups.values():
+        others = [c for c, _ in groups.values() if all(c[k] == config[k] for k in ("method", "data", "model"))]
         differing = [k for k in config if k not in ("seed", "dialogues", "fraction", "turns", "pairs")
                      and any(c.get(k) != config[k] for c in others)]
         label = ", ".join([config["method"], *(f"{k.replace('_', ' ')} {str(config[k])[:12]}" for k in differing)])
-        labelled.append((config, label, list(seeds.values())))
-    return labelled
+        found.append((config, label, list(seeds.values())))
+    return sorted(found, key=lambda group: [*(group[0][k] for k in order), list(METHODS).index(group[0]["method"])])
+
+
+def data_and_model(config):
+    """What a run was tested on: data and model, and what a query is, if not the turn before the response."""
+    turns = f", {config['turns']} turns" if config["turns"] > 1 else ""
+    sliding = ", sliding" if config["pairs"] == "sliding" else ""
+    return f"{Path(config['data']).name}, {Path(config['model']).name}{turns}{sliding}"
 
 
 def table(path):
@@ -483,63 +488,52 @@ def table(path):
         return {"Data": fraction, "Method": label, "Seeds": n, "Loss": mean_std(losses, 3), "Swap": mean_std(swaps, 3),
                 **cells, "BLEU4 unseen": mean_std([r["test_unseen"]["bleu4"] for r in results], 3)}
 
-    tables = defaultdict(list)
+    tables, text = defaultdict(list), []
     for config, label, results in grouped_runs(path):
-        tables[config["data"], config["model"], query_note(config)].append((config, label, results))
-    names, text = [short_name(data) for data in {data for data, _, _ in tables}], []
-    for (data, model, note), groups in tables.items():
+        tables[config["data"], data_and_model(config)].append((config, label, results))
+    for (data, name), groups in tables.items():
         rows = []
         for config, label, results in groups:
             losses = [math.log(r["test"]["perplexity"]) for r in results if r["test"]["n"]]
-            swaps = [r["swap"] for r in results]
-            rows.append(row(f"{100 * config['fraction']:g}%", label, len(results), results, losses, swaps))
+            rows.append(row(f"{100 * config['fraction']:g}%", label, len(results), results, losses,
+                            [r["swap"] for r in results]))
         with contextlib.suppress(OSError, ValueError):                  # the data may have moved since
-            for name, results in baselines(data, config["turns"], config["pairs"] == "sliding").items():
-                rows.append(row("100%", name, "-", [results]))
-        name, (counts, *_) = short_name(data) if names.count(short_name(data)) == 1 else data, groups[0][2]
-        text.append(f"**{name}, {short_name(model)}{note}: {counts['test']['n']:,} test pairs, "
-                    f"{counts['test_unseen']['n']:,} of them unseen**\n\n{markdown(rows)}\n")
+            for system, results in baselines(data, config["turns"], config["pairs"] == "sliding").items():
+                rows.append(row("100%", system, "-", [results]))
+        if sum(name == other for _, other in tables) > 1:
+            name = f"{Path(data).parent}/{name}"
+        counts = groups[0][2][0]
+        text.append(f"**{name}: {counts['test']['n']:,} test pairs, {counts['test_unseen']['n']:,} of them unseen**\n\n"
+                    f"{markdown(rows)}\n")
     return "\n".join(text)
 
 
-def report(*runs, examples=()):
-    """Contents of results.json -> a table, a row for all test pairs and one for the unseen ones; and some answers."""
-    rows = []
-    for results in runs:
-        for part in "test", "test_unseen":
-            name = f"{part.replace('_', ', ')} ({results[part]['n']:,} pairs)"
-            rows.append({"Test pairs": name, "Method": results["method"], "Swap": mean_std([results.get("swap")], 3),
-                         **metric_cells([results[part]])})
-    text = [f"\n    query: {' / '.join(e['query'])}\nreference: {e['reference']}\n response: {e['response']}"
-            for e in examples]
-    return "\n".join([markdown(rows), *text])
+def read_lines(path):
+    """A file of JSON lines -> list of dicts."""
+    with reading(path), open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def compare(paths, queries=None, device="auto", dtype="auto"):
     """The answers of several runs side by side, as a Markdown table: to ten of their common test queries, evenly
     spaced, or to the lines of a file. Raises UsageError where the runs' test pairs differ."""
-    columns = {}
     if queries:
-        asked = [line for line in map(clean_turn, Path(queries).read_text(encoding="utf-8-sig").split("\n")) if line]
+        asked = list(filter(None, map(clean_turn, Path(queries).read_text(encoding="utf-8-sig").split("\n"))))
         if not asked:
             raise ValueError(f"{queries} has no query in it, expected one in each line")
-        for path in paths:
-            run = load_run(path, device, dtype)
-            columns[str(path)] = [run.reply(query) for query in asked]
+        answers = {path: list(map(load_run(path, device, dtype).reply, asked)) for path in paths}
     else:
+        lines = {path: read_lines(path / "generations.jsonl") for path in paths}
+        pairs = {path: [(line["query"], line["reference"]) for line in lines[path]] for path in paths}
         for path in paths:
-            with open(path / "generations.jsonl", encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file]
-            pairs = [(" / ".join(line["query"]), line["reference"]) for line in lines]
-            if path == paths[0]:
-                common = pairs
-            if pairs != common:
+            if pairs[path] != pairs[paths[0]]:
                 raise UsageError(f"{path} was not tested on the same pairs as {paths[0]}: ask them the lines of a "
                                  f"file, --queries FILE")
-            columns[str(path)] = [line["response"] for line in lines][::math.ceil(len(lines) / 10) or 1]
-        asked = [query for query, _ in common][::math.ceil(len(common) / 10) or 1]
-    return markdown([{"query": query, **{path: answers[i] for path, answers in columns.items()}}
-                     for i, query in enumerate(asked)], words=1 + len(columns))
+        step = math.ceil(len(lines[paths[0]]) / 10) or 1
+        asked = [" / ".join(query) for query, _ in pairs[paths[0]][::step]]
+        answers = {path: [line["response"] for line in lines[path][::step]] for path in paths}
+    rows = [{"query": query} | {str(path): answers[path][i] for path in paths} for i, query in enumerate(asked)]
+    return markdown(rows, words=1 + len(paths))
 
 
 @torch.no_grad()
@@ -577,48 +571,40 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure, folder, name):
-    files = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files
-
-
 def plot_curves(folder):
-    """A run's losses and its validation BLEU4 over the epochs, the tested one marked -> files written."""
-    config, results = read_json(folder / "config.json"), folder / "results.json"
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    """A run's losses and its validation BLEU4 over the epochs, the tested one marked -> curves.png."""
+    config, log = read_json(folder / "config.json"), read_lines(folder / "log.jsonl")
     figure, epochs, color = new_figure(10, 4), [line["epoch"] for line in log], COLORS[config["method"]]
+    figure.suptitle(f"{config['method']} on {data_and_model(config)}, seed {config['seed']}", parse_math=False)
     losses, bleu = figure.subplots(1, 2)
     losses.plot(epochs[1:], [line["train_loss"] for line in log[1:]], "--o", color="gray", label="training")
-    losses.plot(epochs, [line["val_loss"] for line in log], "-o", color=color, label="validation")
-    bleu.plot(epochs, [line["val_bleu4"] for line in log], "-o", color=color, label="validation")
-    for panel, title in (losses, "loss per response token (nats)"), (bleu, "BLEU4"):
-        if results.exists():
-            panel.axvline(read_json(results)["epoch"], color="black", linewidth=1, linestyle=":", label="tested")
+    for panel, title, key in (losses, "loss per response token (nats)", "val_loss"), (bleu, "BLEU4", "val_bleu4"):
+        panel.plot(epochs, [line[key] for line in log], "-o", color=color, label="validation")
+        if (folder / "results.json").exists():
+            tested = read_json(folder / "results.json")["epoch"]
+            panel.axvline(tested, color="black", linewidth=1, linestyle=":", label="tested")
         panel.set(xlabel="epoch", title=title, xticks=epochs[::len(epochs) // 10 + 1])
         panel.grid(alpha=0.3)
         panel.legend()
-    data, model = short_name(config["data"]), short_name(config["model"])
-    figure.suptitle(f"{config['method']} on {data}, {model}, seed {config['seed']}", parse_math=False)
-    return save_figure(figure, folder, "curves")
+    figure.savefig(folder / "curves.png", dpi=150)
+    return folder / "curves.png"
 
 
 def plot_runs(path):
     """Figure 2 of Valvoda et al.: BLEU4, novelty and diversity over the training fraction, a row of panels for each
-    data set and model, a line for each method -> files written. Bars are standard deviations over seeds."""
+    data set and model, a line for each method -> figure2.png. Bars are standard deviations over seeds."""
     rows = defaultdict(lambda: defaultdict(list))
     for config, label, results in grouped_runs(path):
         n, unseen = results[0]["test"]["n"], results[0]["test_unseen"]["n"]
-        name = f"{short_name(config['data'])}{query_note(config)}, {short_name(config['model'])}"
         if unseen:                                      # without unseen pairs, their metrics are null
-            title = f"{name}: {n:,} test pairs (solid), {unseen:,} of them unseen (dotted)"
+            title = (f"{data_and_model(config)}: {n:,} test pairs (solid), {unseen:,} of them unseen (dotted); "
+                     f"bars: standard deviation over seeds")
             rows[title][label, config["method"]].append((config["fraction"], results))
     if not rows:
         raise ValueError(f"{path} has no run with unseen test pairs, so there is nothing to draw")
     figure = new_figure(13, 4 * len(rows))
-    for (name, lines), part in zip(rows.items(), figure.subfigures(len(rows), squeeze=False)[:, 0]):
-        part.suptitle(f"{name}; bars: standard deviation over seeds", parse_math=False)
+    for (title, lines), part in zip(rows.items(), figure.subfigures(len(rows), squeeze=False)[:, 0]):
+        part.suptitle(title, parse_math=False)
         panels = part.subplots(1, 3)
         for panel, metric in zip(panels, ("bleu4", "novelty", "diversity")):
             for marker, ((label, method), points) in zip("osD^vPX*<>" * len(lines), sorted(lines.items())):
@@ -631,7 +617,8 @@ def plot_runs(path):
             panel.set(title=COLUMNS[metric][0], xlabel="training data (%)", xlim=(0, 105), ylim=(0, None))
             panel.grid(alpha=0.3)
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return save_figure(figure, Path(path), "figure2")
+    figure.savefig(Path(path) / "figure2.png", dpi=150)
+    return Path(path) / "figure2.png"
 
 
 def chat(run, temperature, top_p):
@@ -640,19 +627,15 @@ def chat(run, temperature, top_p):
         import readline                                 # noqa: F401: it gives `input` arrow keys and a history
     method, turns = run.config["method"], []
     print(f"{method} reads the last {run.config['turns']} turn(s). An empty line begins a new dialogue, Ctrl-D ends.")
-    with contextlib.suppress(AttributeError):
-        sys.stdin.reconfigure(errors="replace")
-    try:
+    sys.stdin.reconfigure(errors="replace")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             said = clean_turn(input("you: "))
-            if not said:
-                turns = []
-                continue
-            turns.append(said)
-            turns.append(run.reply(turns, temperature, top_p))
-            print(f"{method}: {turns[-1]}", flush=True)
-    except (EOFError, KeyboardInterrupt):
-        print()
+            turns = [*turns, said] if said else []
+            if said:
+                turns.append(run.reply(turns, temperature, top_p))
+                print(f"{method}: {turns[-1]}", flush=True)
+    print()
 
 
 def export(run, target):
@@ -666,6 +649,7 @@ def export(run, target):
         raise UsageError("an adapter holds a prompt alone, but this run trained the word embeddings, too")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty, expected a new folder")
+    target.mkdir(parents=True, exist_ok=True)
     if method == "finetune":
         model.gpt.save_pretrained(target)
         for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
@@ -676,7 +660,6 @@ def export(run, target):
     encoder, c = model.encoder, model.gpt.config
     with torch.no_grad():           # as peft saves them: the virtual tokens themselves, not the network that made them
         prompt = encoder.mlp(encoder.table) if encoder.writes_past else encoder(torch.zeros(1, 1, c.n_embd), None)[0]
-    target.mkdir(parents=True, exist_ok=True)
     write_safetensors(target / "adapter_model.safetensors", {"prompt_embeddings": prompt})
     write_text(target / "adapter_config.json", json.dumps({
         "peft_type": kinds[method], "task_type": "CAUSAL_LM", "num_virtual_tokens": len(prompt), "token_dim": c.n_embd,
@@ -704,14 +687,14 @@ def run_command(main):
         text = " ".join(str(error).split())
         if isinstance(error, FileNotFoundError) and error.filename:
             text = f"{error.filename} is missing"
-        elif isinstance(error, (ValueError, OSError, FloatingPointError)):
-            pass
-        elif "memory" in text:
-            text = f"out of memory: lower --batch-size or --max-query, or choose a smaller --model ({text:.200})"
-        elif re.search("CUDA|cuDNN|NCCL", text):
-            text = f"the GPU failed: try --device cpu, which says more exactly what is wrong ({text:.200})"
-        else:
-            raise
+        if isinstance(error, RuntimeError):
+            if "memory" in text:
+                advice = "out of memory: lower --batch-size or --max-query, or choose a smaller --model"
+            elif re.search("CUDA|cuDNN|NCCL", text):
+                advice = "the GPU failed: try --device cpu, which says more exactly what is wrong"
+            else:
+                raise                                   # a bug
+            text = f"{advice} ({text:.200})"
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
@@ -744,8 +727,8 @@ def main():
     for flag, having in useful.items():
         if getattr(args, flag) is not None and mode not in having:
             parser.error(f"--{flag.replace('_', '-')} has no use here, it is for {', '.join(having)}")
-    if not 0 <= (args.temperature or 0) < math.inf or args.top_p is not None and not 0 < args.top_p <= 1:
-        parser.error(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and a share above 0")
+    if not 0 <= (args.temperature or 0) < math.inf or not 0 <= (args.top_p or 0) <= 1:
+        parser.error(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and a share")
     if mode == "compare" and not args.paths or mode != "compare" and len(args.paths) != (mode != "lookup"):
         parser.error(f"{len(args.paths)} folders are given, expected {'none' if mode == 'lookup' else 'a run'}")
     path, device, dtype = Path(*args.paths[:1]), args.device or "auto", args.dtype or "auto"
@@ -754,14 +737,14 @@ def main():
     elif mode == "table":
         print(table(path))
     elif mode == "plot":
-        print("wrote", *(plot_curves if (path / "log.jsonl").exists() else plot_runs)(path))
+        print("wrote", plot_curves(path) if (path / "log.jsonl").exists() else plot_runs(path))
     elif mode == "compare":
         print(compare(args.paths, args.queries, device, dtype))
     elif mode == "export":
         export(load_run(path, "cpu", "float32", args.model), args.export)
     elif mode == "chat":
-        run, top_p = load_run(path, device, dtype, args.model), 1.0 if args.top_p is None else args.top_p
-        chat(run, args.temperature or 0.0, top_p)
+        temperature, top_p = args.temperature or 0.0, 1.0 if args.top_p is None else args.top_p
+        chat(load_run(path, device, dtype, args.model), temperature, top_p)
     else:
         run = load_run(path, device, dtype, args.model, args.data)
         splits = load_splits(run.config, run.tokenizer)             # refuses dialogues that have changed

@@ -57,20 +57,20 @@ def warm_up_and_decay(step, steps):
 
 
 def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
-    """Train on batches of the examples, lists of indices, each at its learning rate -> the mean loss of each step.
+    """Train on batches of the examples, lists of indices, each at its learning rate -> the mean loss per token.
 
     show: called after each step with the step's number in the epoch and its loss. The loss is a tensor: to read it is
-    to wait for the GPU.
+    to wait for the GPU. Raises FloatingPointError where a loss has become NaN or infinite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tokens = [sum(len(examples[i][1]) for i in indices) for indices in batches]
     model.train()
     losses = []
-    for indices, rate in zip(batches, rates):
+    for indices, rate, n in zip(batches, rates, tokens):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        tokens = sum(len(examples[i][1]) for i in indices)
-        share, weight = indices[rank::world], 1 / tokens                # this process's
+        share, weight = indices[rank::world], 1 / n                     # this process's
         if not share:                   # a short last batch: as all must take part, a row that counts nothing
             share, weight = indices[:1], 0
         loss = model([examples[i] for i in share]).sum() * weight
@@ -85,7 +85,12 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     losses = torch.stack(losses)
     if world > 1:
         dist.all_reduce(losses)
-    return losses.tolist()
+    losses = losses.tolist()
+    for step, (loss, rate) in enumerate(zip(losses, rates), 1):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} at step {step} of the epoch, with a learning rate of "
+                                     f"{rate:.2g}; nothing of this epoch is saved")
+    return sum(loss * n for loss, n in zip(losses, tokens)) / sum(tokens)
 
 
 def check_padding(model, method, examples):
@@ -109,21 +114,14 @@ def check_padding(model, method, examples):
 
 
 def rank(scores, select):
-    """What the best epoch, or trial, has the most of: validation BLEU4, then a low loss; or the other way round."""
-    loss, bleu4 = -scores["val_loss"], scores["val_bleu4"]
-    return (bleu4, loss) if select == "bleu4" else (loss, bleu4)
+    """What the best epoch, or trial, has the most of: validation BLEU4, then a low loss; or the other way round. Epoch 0
+    is a baseline: any other is better."""
+    trained, loss, bleu4 = scores["epoch"] > 0, -scores["val_loss"], scores["val_bleu4"]
+    return (trained, bleu4, loss) if select == "bleu4" else (trained, loss, bleu4)
 
 
-def fit(run, splits, config, folder, label=""):
-    """Train a run, from the start or from last.pt in the folder; best.pt there holds its best epoch -> that epoch's
-    scores. Raises FloatingPointError where a loss becomes NaN or infinite."""
-    model, examples = run.model, splits.examples["train"]
-    trained = model.trained()
-    n, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
-    print0(f"{label}training {n:,} of {total:,} parameters ({n / total:.1%})")
-    optimizer = torch.optim.AdamW(trained.values(), lr=config["lr"], weight_decay=0.01, fused=True)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-    epoch, log, best = -1, [], None                     # the last finished epoch; 0 only scores
+def restore(folder, model, optimizer, scaler):
+    """Go back to where last.pt was written -> its epoch, the log, the best epoch's scores; or to the beginning."""
     if (folder / "last.pt").exists():
         state = load_tensors(folder / "last.pt")
         with reading(folder / "last.pt"):
@@ -131,13 +129,23 @@ def fit(run, splits, config, folder, label=""):
             optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:                         # empty where the run began in another type than float16
                 scaler.load_state_dict(state["scaler"])
-            epoch, log, best = state["epoch"], state["log"], state["best"]
-        print0(f"{label}resuming after epoch {epoch}")
-    elif (folder / "log.jsonl").exists():
+            return state["epoch"], state["log"], state["best"]
+    if (folder / "log.jsonl").exists():
         raise FileNotFoundError(f"{folder / 'last.pt'} is missing, though log.jsonl beside it has epochs: there is "
                                 f"nothing to resume from, choose --overwrite or another --out")
-    else:
-        print0(f"{label}starting from the beginning")
+    return -1, [], None                                 # epoch 0 comes next, which only scores
+
+
+def fit(run, splits, config, folder, label=""):
+    """Train a run, from the start or from last.pt in the folder; best.pt there holds its best epoch -> that epoch's
+    scores. Raises FloatingPointError where a loss becomes NaN or infinite."""
+    model, examples, trained = run.model, splits.examples["train"], run.model.trained()
+    n, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    print0(f"{label}training {n:,} of {total:,} parameters ({n / total:.1%})")
+    optimizer = torch.optim.AdamW(trained.values(), lr=config["lr"], weight_decay=0.01, fused=True)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    epoch, log, best = restore(folder, model, optimizer, scaler)
+    print0(label + ("starting from the beginning" if epoch < 0 else f"resuming after epoch {epoch}"))
     if main_process():                                  # not before all that the run stands on has been read
         (folder / "results.json").unlink(missing_ok=True)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -150,47 +158,37 @@ def fit(run, splits, config, folder, label=""):
     steps = steps_per_epoch * config["epochs"]
     rates = [config["lr"] * warm_up_and_decay(step, steps) for step in range(steps)]
 
-    while epoch < config["epochs"] and (not best or epoch - best["epoch"] < config["patience"]):
+    while epoch < config["epochs"] and (epoch < 1 or epoch - best["epoch"] < config["patience"]):
         epoch += 1
         first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch    # the epoch's first step, the next one's
-        record = {"epoch": epoch, "step": step} | dict.fromkeys(        # the keys' order in log.jsonl
-            ("train_loss", "val_loss", "val_bleu4", "lr", "seconds", "eval_seconds", "tokens_per_second"))
+        train_loss = lr = seconds = tokens_per_second = None
         if epoch > 0:
             seed = config["seed"] * 1_000_003 + epoch
             torch.manual_seed(seed * 1009 + (dist.get_rank() if dist.is_initialized() else 0))      # dropout
-            batches = group_by_length(lengths, config["batch_size"], seed)
+            batches, lr = group_by_length(lengths, config["batch_size"], seed), rates[step - 1]
             show = progress(f"{label}epoch {epoch}/{config['epochs']}", first, steps,
                             (config["epochs"] - epoch + 1) * log[-1]["eval_seconds"])
             begun = time.perf_counter()
-            losses = train_epoch(parallel, examples, batches, rates[first:step], optimizer, scaler, show)
-            record["seconds"] = time.perf_counter() - begun
-            for i, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss became {loss} at step {first + i + 1} with a learning rate of "
-                                             f"{rates[first + i]:.2g}; nothing of this epoch is saved")
-            weights = [sum(len(examples[i][1]) for i in indices) for indices in batches]
-            record["train_loss"] = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
-            record["lr"] = rates[step - 1]
-            record["tokens_per_second"] = sum(lengths) / record["seconds"]
+            train_loss = train_epoch(parallel, examples, batches, rates[first:step], optimizer, scaler, show)
+            seconds = time.perf_counter() - begun
+            tokens_per_second = sum(lengths) / seconds
         begun = time.perf_counter()
         with torch.compiler.set_stance("force_eager") if config["compile"] else contextlib.nullcontext():
             val_loss, bleu4 = from_main_process(lambda: run.validate(splits))
-        record |= {"val_loss": val_loss, "val_bleu4": bleu4, "eval_seconds": time.perf_counter() - begun}
-        log.append(record)
+        log.append({"epoch": epoch, "step": step, "train_loss": train_loss, "val_loss": val_loss, "val_bleu4": bleu4,
+                    "lr": lr, "seconds": seconds, "eval_seconds": time.perf_counter() - begun,
+                    "tokens_per_second": tokens_per_second})
         scores = {"epoch": epoch, "val_bleu4": bleu4, "val_loss": val_loss, "lr": config["lr"]}
-        # Epoch 0 is a baseline: it is chosen only where nothing is trained.
-        better = (epoch > 0 or config["epochs"] == 0) and (
-            not best or best["epoch"] == 0 or rank(scores, config["select"]) > rank(best, config["select"]))
-        if better:
+        if not best or rank(scores, config["select"]) > rank(best, config["select"]):
             best = scores
         if main_process():
-            if better:
+            if best is scores:
                 save(folder / "best.pt", {"trained": trained, "config": config, **best})
             write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
             save(folder / "last.pt", {"trained": trained, "optimizer": optimizer.state_dict(),
                                       "scaler": scaler.state_dict(), "epoch": epoch, "log": log, "best": best})
-        training = f"train loss {record['train_loss']:.3f}  " if epoch else "before training   "
-        speed = f"  {record['tokens_per_second']:,.0f} tokens/s" if epoch else ""
+        training = f"train loss {train_loss:.3f}  " if epoch else "before training   "
+        speed = f"  {tokens_per_second:,.0f} tokens/s" if epoch else ""
         print0(f"{label}epoch {epoch:3d}  {training}val loss {val_loss:.3f}  val BLEU4 {bleu4:.4f}{speed}")
     return best
 
