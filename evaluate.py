@@ -721,7 +721,7 @@ def main():
     args = parser.parse_args()
     names = ("chat", "explain", "export", "compare", "table", "plot", "lookup")
     mode = next((name for name in names if getattr(args, name)), "scoring")
-    useful = {"data": ("scoring", "explain", "lookup"), "model": ("scoring", "chat", "explain", "export"),
+    useful = {"data": ("scoring", "lookup"), "model": ("scoring", "chat", "explain", "export"),
               "queries": ("compare",), "overwrite": ("scoring",), "temperature": ("chat",), "top_p": ("chat",),
               "device": ("scoring", "chat", "explain", "compare"), "dtype": ("scoring", "chat", "explain", "compare")}
     for flag, having in useful.items():
@@ -737,7 +737,7 @@ def main():
     elif mode == "table":
         print(table(path))
     elif mode == "plot":
-        print("wrote", plot_curves(path) if (path / "log.jsonl").exists() else plot_runs(path))
+        print("wrote", plot_curves(path) if (path / "best.pt").exists() else plot_runs(path))
     elif mode == "compare":
         print(compare(args.paths, args.queries, device, dtype))
     elif mode == "export":
@@ -745,18 +745,17 @@ def main():
     elif mode == "chat":
         temperature, top_p = args.temperature or 0.0, 1.0 if args.top_p is None else args.top_p
         chat(load_run(path, device, dtype, args.model), temperature, top_p)
+    elif mode == "explain":
+        run = load_run(path, device, dtype, args.model)
+        queries = [run.encode_query(line["query"]) for line in read_lines(path / "generations.jsonl")]
+        print(explain(run, args.explain, queries))
     else:
-        run = load_run(path, device, dtype, args.model, args.data)
-        splits = load_splits(run.config, run.tokenizer)             # refuses dialogues that have changed
-        if mode == "explain":
-            print(explain(run, args.explain, [query for query, _ in splits.examples["test"]]))
-        else:
-            rescore(run, splits, path, args.overwrite)
+        rescore(load_run(path, device, dtype, args.model, args.data), path, args.overwrite)
 
 
-def rescore(run, splits, path, overwrite):
+def rescore(run, path, overwrite):
     """Score a run on its test set again, print the table, and only then replace what it wrote before."""
-    results, generations = run.test(splits, run.best)
+    results, generations = run.test(load_splits(run.config, run.tokenizer), run.best)
     print(report(results))
     if not (path / "results.json").exists():            # a run that can be resumed must not come to look finished
         print("\nThe run is unfinished: nothing was written.")

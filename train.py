@@ -113,7 +113,7 @@ def check_padding(model, method, examples):
                          f"or on its neighbours in the batch, expected neither: read nothing where mask is False")
 
 
-def rank(scores, select):
+def merit(scores, select):
     """What the best epoch, or trial, has the most of: validation BLEU4, then a low loss; or the other way round. Epoch 0
     is a baseline: any other is better."""
     trained, loss, bleu4 = scores["epoch"] > 0, -scores["val_loss"], scores["val_bleu4"]
@@ -179,7 +179,7 @@ def fit(run, splits, config, folder, label=""):
                     "lr": lr, "seconds": seconds, "eval_seconds": time.perf_counter() - begun,
                     "tokens_per_second": tokens_per_second})
         scores = {"epoch": epoch, "val_bleu4": bleu4, "val_loss": val_loss, "lr": config["lr"]}
-        if not best or rank(scores, config["select"]) > rank(best, config["select"]):
+        if not best or merit(scores, config["select"]) > merit(best, config["select"]):
             best = scores
         if main_process():
             if best is scores:
@@ -219,7 +219,7 @@ def search(run, splits, config, folder):
     good = [t for t in trials if "failed" not in t]
     if not good:
         raise ValueError(f"all {len(trials)} trials failed; {folder} keeps them")
-    best = max(good, key=lambda t: rank(t, config["select"]))
+    best = max(good, key=lambda t: merit(t, config["select"]))
     if main_process():
         save(folder / "best.pt", load_tensors(folder / f"trial-{best['trial']:02}" / "best.pt"))
     return best
