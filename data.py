@@ -38,10 +38,8 @@ def reading(source):
     except OSError:
         raise
     except Exception as error:
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
-        if Path(source).is_relative_to(cache_folder()):             # a hotel's login page, say
-            reason += "; delete it, and it is downloaded again"
-        raise ValueError(f"{source} is not what was expected: {reason}") from None
+        cure = "; delete it, and it is downloaded again" if Path(source).is_relative_to(cache_folder()) else ""
+        raise ValueError(f"{source} is not what was expected: {type(error).__name__} {error}{cure}") from None
 
 
 # -------------------------------------------------------------------------------------------- dialogues and pairs
@@ -51,14 +49,15 @@ def read_dialogues(data):
 
     `sample`, `dailydialog` or `multiwoz`; a folder with train.txt, validation.txt and test.txt, or in DailyDialog's
     layout (its text is detokenized) or MultiWOZ's; one text file, or a list of dialogues, which are split 80/10/10,
-    always in the same way, whatever a run's seed; or a dict of three lists. Raises ValueError, OSError.
+    always in the same way, whatever a run's seed; or a dict of three lists.
     """
     source = "the given data"
     if isinstance(data, (str, os.PathLike)):
         source = Path(os.path.expanduser(data))
-        if not source.is_file():
-            return {split: read_split(str(data), split) for split in SPLITS}
-        data = parse_text(source.read_bytes(), source)
+        if source.is_file():
+            data = parse_text(source.read_bytes(), source)
+        else:
+            data = {split: read_split(str(data), split) for split in SPLITS}
     with reading(source):
         if not isinstance(data, dict):
             dialogues = list(data)
@@ -67,43 +66,36 @@ def read_dialogues(data):
             data = {"train": dialogues[2 * n:], "validation": dialogues[n:2 * n], "test": dialogues[:n]}
         if any(isinstance(dialogue, str) for split in SPLITS for dialogue in data[split]):
             raise ValueError("a dialogue is a string, expected a list of turns")
-        data = {split: [[clean_turn(turn) for turn in dialogue] for dialogue in data[split]] for split in SPLITS}
-        return {split: require_pairs(data[split], split) for split in SPLITS}
+        splits = {split: [[clean_turn(turn) for turn in dialogue] for dialogue in data[split]] for split in SPLITS}
+        for split in SPLITS:
+            if not make_pairs(splits[split], sliding=True):
+                raise ValueError(f"{split} holds no (query, response) pair, expected a dialogue of two turns or more")
+    return splits
 
 
 def read_split(name, split):
     """A data set's name or folder -> its dialogues of one split."""
-    folder = Path(os.path.expanduser(name))
-    part = split.replace("validation", "dev")           # MultiWOZ's name
-    if name == "sample":
-        folder = TINY / "dialogues"
+    folder = TINY / "dialogues" if name == "sample" else Path(os.path.expanduser(name))
+    part = "dev" if split == "validation" else split                # MultiWOZ's name
     if name == "dailydialog":
         url = hub_url(f"datasets/roskoN/dailydialog/resolve/main/{split}.zip")
         path = download(url, cache_folder() / name / f"{split}.zip", DAILYDIALOG_SHA256.get(split))
         with reading(path), zipfile.ZipFile(path) as archive:
-            dialogues = parse_text(archive.read(f"{split}/dialogues_{split}.txt"), path, detokenize)
-    elif name == "multiwoz":
-        path = cache_folder() / name / part
-        files = [f"dialogues_{i:03}.json" for i in range(1, MULTIWOZ_FILES[part] + 1)]
-        dialogues = parse_multiwoz([download(f"{MULTIWOZ}/{part}/{file}", path / file) for file in files])
-    elif list(folder.glob("train/dialogues_*.json")):
-        path = folder / part
-        dialogues = parse_multiwoz(sorted(path.glob("dialogues_*.json")))
-    elif (folder / "train").is_dir():
+            return parse_text(archive.read(f"{split}/dialogues_{split}.txt"), path, detokenize)
+    if name == "multiwoz":
+        folder = cache_folder() / name
+        for i in range(1, MULTIWOZ_FILES[part] + 1):
+            file = f"{part}/dialogues_{i:03}.json"
+            download(f"{MULTIWOZ}/{file}", folder / file)
+    if list(folder.glob("train/dialogues_*.json")):
+        return parse_multiwoz(sorted(folder.glob(f"{part}/dialogues_*.json")))
+    if (folder / "train").is_dir():
         path = folder / split / f"dialogues_{split}.txt"
-        dialogues = parse_text(path.read_bytes(), path, detokenize)
-    elif folder.is_dir():
+        return parse_text(path.read_bytes(), path, detokenize)
+    if folder.is_dir():
         path = folder / f"{split}.txt"
-        dialogues = parse_text(path.read_bytes(), path)
-    else:
-        raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, a folder or text file")
-    return require_pairs(dialogues, path)
-
-
-def require_pairs(dialogues, source):
-    if not make_pairs(dialogues, sliding=True):
-        raise ValueError(f"{source} holds no (query, response) pair, expected a dialogue of two turns or more")
-    return dialogues
+        return parse_text(path.read_bytes(), path)
+    raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, a folder or text file")
 
 
 def clean_turn(text):
@@ -117,14 +109,12 @@ def clean_turn(text):
 def parse_text(data, path, clean=clean_turn):
     """Bytes in the text format above -> dialogues, each a list of turns; clean: a function, text -> turn."""
     with reading(path):
-        utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))                # as PowerShell's > writes it
-        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
-    lines = re.split(r"\r\n|\r|\n", text)
+        text = data.decode("utf-8-sig")
     is_table = Path(path).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl")
-    if is_table or "__eou__" not in text or any(line.startswith(('{"', '["')) for line in lines):
+    if is_table or "__eou__" not in text or re.search('^[{[]"', text, re.M):
         raise ValueError(f"{path} has no __eou__, or is CSV or JSON: expected one dialogue per line, its turns "
                          f"separated by __eou__, as in 'Hi! __eou__ Hello.'; README.md, \"Your own data and models\"")
-    dialogues = [[clean(turn) for turn in line.split("__eou__")] for line in lines]
+    dialogues = [[clean(turn) for turn in line.split("__eou__")] for line in re.split(r"\r\n|\r|\n", text)]
     return [turns if turns[-1] else turns[:-1] for turns in dialogues if any(turns)]    # __eou__ may end the line
 
 
@@ -170,10 +160,8 @@ def make_pairs(dialogues, turns=1, sliding=False):
 
     >>> make_pairs([["a", "b", "c", "d"]])
     [(['a'], 'b'), (['c'], 'd')]
-    >>> make_pairs([["a", "b", "c"]], turns=2, sliding=True)
+    >>> make_pairs([["a", "b", "c", "", "e"]], turns=2, sliding=True)       # an empty turn is in no pair of its own
     [(['a'], 'b'), (['a', 'b'], 'c')]
-    >>> make_pairs([["a", "", "c", "d"]], sliding=True)             # an empty turn is nobody's query or response
-    [(['c'], 'd')]
     """
     step = 1 if sliding else 2
     return [(dialogue[max(0, i - turns):i], dialogue[i])
@@ -221,6 +209,9 @@ def read_json(path):
 
 # GPT-2's split into words, with possessive quantifiers, as tiktoken itself spells it
 SPLIT_INTO_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# what GPT-2's tokenizer does not do; where one does, its ids are others
+UNLIKE_GPT2 = ("normalizer", "add_prefix_space", "add_bos_token", "add_eos_token", "dropout", "ignore_merges",
+               "end_of_word_suffix", "lstrip", "rstrip", "single_word")
 
 
 class Tokenizer(tiktoken.Encoding):
@@ -249,50 +240,40 @@ def word_ids(tokenizer):
 def load_tokenizer(folder):
     """A checkpoint's tokenizer.json, or else its vocab.json and merges.txt -> Tokenizer, a tiktoken.Encoding.
 
-    A word that is neither one of the 256 bytes, nor made by a merge, nor added as a word is a special token. Raises
-    ValueError for a tokenizer whose ids would not be those of transformers.
+    Raises ValueError for a tokenizer whose ids would not be those of transformers.
     """
     settings = read_tokenizer(Path(folder))
-    # GPT-2 writes bytes as printable characters: those that are printable as themselves, the others from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     with reading(folder):
-        model, split, config = settings["model"], settings["pre_tokenizer"], settings["config"]
-        unlike_gpt2 = {"normalizer": settings.get("normalizer"), "pre_tokenizer": split["type"] != "ByteLevel",
-                       "model": model.get("type", "BPE") != "BPE", "use_regex": split.get("use_regex") is False,
-                       "add_prefix_space": split["add_prefix_space"] or config.get("add_prefix_space"),
-                       "post_processor": re.search("SpecialToken|BertProcessing|RobertaProcessing",
-                                                   json.dumps(settings.get("post_processor")))}
-        for part, keys in ((model, ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")),
-                           (config, ("add_bos_token", "add_eos_token", "do_lower_case"))):
-            unlike_gpt2 |= {key: part.get(key) for key in keys}
-        vocab, added_words = dict(model["vocab"]), {}
-        for token in settings["added_tokens"]:
-            vocab[token["content"]] = token["id"]
-            if not token["special"] and token["content"] != "<|endoftext|>":
-                added_words[token["content"]] = token["id"]
-                unlike_gpt2[f"added {token}"] = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
-        for name, value in unlike_gpt2.items():
-            if value:
-                raise ValueError(f"its {name} is not GPT-2's: token ids would be others")
-        if len(set(vocab.values())) < len(vocab):
-            raise ValueError("two words of its vocabulary have the same id")
+        model, split, added = settings["model"], settings["pre_tokenizer"], settings["added_tokens"]
+        added_words = [token for token in added if not token["special"] and token["content"] != "<|endoftext|>"]
+        unlike = [name for part in (settings, model, split, settings["config"], *added_words)
+                  for name in UNLIKE_GPT2 if part.get(name)]
+        if split["type"] != "ByteLevel" or split.get("use_regex") is False:
+            unlike.append("pre_tokenizer")
+        if re.search("SpecialToken|cls", json.dumps(settings.get("post_processor"))):
+            unlike.append("post_processor")
+        if unlike:
+            raise ValueError(f"token ids would be others than GPT-2's: {', '.join(unlike)}")
+        vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
         rank = {pair: vocab["".join(pair)] for pair in merges}
-        if merges != sorted(merges, key=rank.get):      # tiktoken joins in the order of ids
-            raise ValueError("the merges' ids do not rise in the order of the merges")
+        if merges != sorted(merges, key=rank.get) or len(set(vocab.values())) < len(vocab):
+            raise ValueError("two words have one id, or the merges' ids do not rise, and tiktoken joins in their order")
         for first, second in merges:                    # GPT-2 joins listed pairs, tiktoken all that make a token
             parts = list(first + second)
             while len(parts) > 1:
                 i = min(range(len(parts) - 1), key=lambda i: rank.get((parts[i], parts[i + 1]), math.inf))
                 rank[parts[i], parts[i + 1]]            # a KeyError if GPT-2 would not make this token
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        words = {*byte, *map("".join, merges)}
+        # GPT-2 writes bytes as printable characters: those that are printable as themselves, the others from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        words = {*byte, *map("".join, merges)}          # whatever else stands in the vocabulary is a special token
         tokenizer = Tokenizer(str(folder), pat_str=SPLIT_INTO_WORDS,
                               mergeable_ranks={bytes(byte[c] for c in word): vocab[word] for word in words},
                               special_tokens={word: i for word, i in vocab.items() if word not in words})
-        tokenizer.added_words = added_words
+        tokenizer.added_words = {token["content"]: token["id"] for token in added_words}
         tokenizer.eot_token                             # a KeyError if the vocabulary has no <|endoftext|>
     return tokenizer
 
@@ -310,7 +291,7 @@ def read_tokenizer(folder):
              for word, i in optional("added_tokens.json").items()]
     with reading(folder / "merges.txt"):
         lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
-        merges = [line for line in lines if line and not line.startswith("#version")]
+    merges = [line for line in lines if line and not line.startswith("#version")]
     return {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added,
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}} | config
 
@@ -331,13 +312,12 @@ def checkpoint_folder(name):
     name = str(name)
     if name in ("tiny-gpt2", "tiny-dialogpt"):
         return TINY / name
-    local = Path(os.path.expanduser(name))
-    if name not in REPOSITORIES and local.is_dir():
-        return local
-    repository = REPOSITORIES.get(name, name)
+    if name not in REPOSITORIES and os.path.isdir(os.path.expanduser(name)):
+        return Path(os.path.expanduser(name))
     if name not in REPOSITORIES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ValueError(f"unknown model {name!r}: expected tiny-gpt2, tiny-dialogpt, {', '.join(REPOSITORIES)}, "
-                         f"owner/name on the Hugging Face Hub, or a local folder")
+        known = ", ".join(("tiny-gpt2", "tiny-dialogpt", *REPOSITORIES))
+        raise ValueError(f"unknown model {name!r}: expected {known}, owner/name on the Hub, or a local folder")
+    repository = REPOSITORIES.get(name, name)
     folder = cache_folder() / "models" / repository.replace("/", "--")
 
     def get(*files):
@@ -372,10 +352,22 @@ def download(url, path, sha256=None):
     part.touch()
     session = requests.Session()                        # all is public: no token is sent, not even from ~/.netrc
     session.auth = session.rebuild_auth = lambda request, response=None: request
-    with open(part, "r+b") as file:                     # two processes write the same bytes
+    with session, open(part, "r+b") as file:            # two processes write the same bytes
         for tries_left in (4, 3, 2, 1, 0):
+            headers = {"Range": f"bytes={file.seek(0, os.SEEK_END)}-", "Accept-Encoding": "identity"}
             try:
-                announced = download_part(session, url, file)
+                response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+                if response.status_code in (401, 403, 404):         # the Hub's 401: there is no such repository
+                    raise FileNotFoundError(f"{url} does not exist or is not public (status {response.status_code})")
+                if response.status_code == 416:         # nothing is missing, or too much is there: begin again
+                    file.truncate(0)
+                response.raise_for_status()
+                print(f"downloading {url}", file=sys.stderr)
+                if response.status_code == 200:         # the whole file comes, whatever was asked
+                    file.seek(0)
+                for chunk in response.iter_content(1 << 16):        # small: a cut loses the chunk it falls in
+                    file.write(chunk)
+                file.truncate()
                 break
             except requests.RequestException as error:
                 if tries_left == 0:
@@ -385,31 +377,13 @@ def download(url, path, sha256=None):
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    expected = sha256 or announced
-    if expected and expected != digest.hexdigest():
+    for answer in (*response.history, response):        # the redirection to the store of large files announces it
+        etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+        if len(etag) == 64:
+            sha256 = sha256 or etag
+    if sha256 and sha256 != digest.hexdigest():
         part.unlink()
-        raise OSError(f"{url} has SHA-256 {digest.hexdigest()}, expected {expected}: deleted, please try again")
+        raise OSError(f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: deleted, please try again")
     with contextlib.suppress(FileNotFoundError):        # another process was faster
         os.replace(part, path)
     return path
-
-
-def download_part(session, url, file):
-    """Add what is missing of url to the open file -> the SHA-256 that the Hub announces of a large file, or None."""
-    headers = {"Range": f"bytes={file.seek(0, os.SEEK_END)}-", "Accept-Encoding": "identity"}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code in (401, 403, 404):     # the Hub answers 401 for a repository that does not exist
-            raise FileNotFoundError(f"{url} does not exist or is not public (status {response.status_code})")
-        if response.status_code == 416:                 # nothing is missing, or too much is there: begin again
-            file.truncate(0)
-        response.raise_for_status()
-        if response.status_code == 200:                 # the whole file comes, whatever was asked
-            file.seek(0)
-        print(f"downloading {url}", file=sys.stderr)
-        for chunk in response.iter_content(1 << 16):    # small: a cut loses the chunk it falls in
-            file.write(chunk)
-        file.truncate()
-        for answer in (*response.history, response):    # it comes with the redirection to the store of large files
-            etag = answer.headers.get("X-Linked-Etag", "").strip('"')
-            if len(etag) == 64:
-                return etag

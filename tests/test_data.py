@@ -54,20 +54,19 @@ def trained(merges=150, special=(EOT,)):
     return tokenizer
 
 
-def write_vocabulary(folder, merges=("h e", "Ġ t"), header="#version: 0.2\n", newline="\n", last="\n", mark="", **more):
+def write_vocabulary(folder, merges=("h e", "Ġ t"), header="#version: 0.2\n", newline="\n", last="\n", **more):
     """GPT-2's two files in small: the 256 bytes, some merges, <|endoftext|>."""
     words = sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in merges] + [EOT]
-    vocab = dict(zip(words, range(999))) | more
-    text = (mark + header + "\n".join(merges) + last).replace("\n", newline)
+    text = (header + "\n".join(merges) + last).replace("\n", newline)
     (folder / "merges.txt").write_bytes(text.encode())
-    (folder / "vocab.json").write_text(mark + json.dumps({w: i for w, i in vocab.items() if i is not ...}), "utf-8")
+    (folder / "vocab.json").write_text(json.dumps(dict(zip(words, range(999))) | more), "utf-8")
     return folder
 
 
 def listed(folder):
     """What tokenizers reads in such a folder."""
-    vocab = json.loads((folder / "vocab.json").read_text("utf-8-sig"))
-    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text("utf-8-sig").splitlines()]
+    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text("utf-8").splitlines()]
     theirs = Tokenizer(models.BPE(vocab, [merge for merge in merges if merge and merge[0] != "#version:"]))
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return theirs
@@ -98,9 +97,7 @@ def test_tokens_are_those_of_transformers_on_every_turn(name, data):
     same_ids(ours, theirs, turns_of(data))
 
 
-@pytest.mark.parametrize("form", [
-    {"header": ""}, {"newline": "\r\n"}, {"last": ""}, {"mark": "\ufeff"},
-    {"header": "", "last": "", "newline": "\r\n", "mark": "\ufeff"}], ids=str)
+@pytest.mark.parametrize("form", [{"header": ""}, {"newline": "\r\n"}, {"last": ""}], ids=str)
 def test_every_way_of_writing_merges_is_one_tokenizer(tmp_path, form):
     """A line of merges may begin with #, as the header does."""
     ours = load_tokenizer(write_vocabulary(tmp_path, ("# #", "## #", "h e"), **form))
@@ -111,42 +108,36 @@ def test_every_way_of_writing_merges_is_one_tokenizer(tmp_path, form):
 def test_tokenizers_of_ones_own(tmp_path, form):
     """Special tokens first; in two files, or in tokenizer.json, which wins over old files; merges may be strings."""
     theirs = trained(special=("[PAD]", EOT))
+    whole = json.loads(theirs.to_str())
+    if form == "merges as strings":
+        whole["model"]["merges"] = [" ".join(merge) for merge in whole["model"]["merges"]]
     if form == "two files":
         theirs.model.save(str(tmp_path))
     else:
-        shutil.copytree(TINY / "tiny-gpt2", tmp_path, dirs_exist_ok=True)
-        whole = json.loads(theirs.to_str())
-        if form == "merges as strings":
-            whole["model"]["merges"] = [" ".join(merge) for merge in whole["model"]["merges"]]
-        (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+        (write_vocabulary(tmp_path) / "tokenizer.json").write_text(json.dumps(whole))
     ours = load_tokenizer(tmp_path)
     assert ours.eot_token == 1 and ours.special_tokens_set == {"[PAD]", EOT}
     same_ids(ours, theirs, turns_of("sample", 40))
 
 
-def save(theirs, form, folder):
-    """As transformers 5 saves a tokenizer, or as version 4 did."""
-    if form == "tokenizer.json":
-        return theirs.save_pretrained(folder)
-    shutil.copytree(TINY / "tiny-gpt2", folder, dirs_exist_ok=True)
-    added = {word: i for word, i in theirs.get_vocab().items() if i > 4095 or word == "the"}
-    (folder / "added_tokens.json").write_text(json.dumps(added))
-    (folder / "special_tokens_map.json").write_text(json.dumps(theirs.special_tokens_map))
-
-
 @pytest.mark.parametrize("form", ["tokenizer.json", "version 4"])
 def test_special_tokens_are_text_and_added_words_are_one_token(tmp_path, form):
-    """[PAD] as every DialoGPT tutorial adds it. A word may be said, a special token never."""
+    """As transformers 5 or 4 saves them. [PAD] as every DialoGPT tutorial adds it; a word may be said, [PAD] never."""
     theirs = GPT2Tokenizer.from_pretrained(TINY / "tiny-gpt2")
-    words = ["covid", "New", "New York", "the", "a.b|c", "été"]
     theirs.add_special_tokens({"pad_token": "[PAD]"})
-    theirs.add_tokens(words)
-    save(theirs, form, tmp_path)
-    ours, ids = load_tokenizer(tmp_path), theirs.get_vocab()
-    assert (ours.n_vocab, ours.eot_token) == (len(theirs), 4095) and {EOT, "[PAD]"} <= ours.special_tokens_set
+    theirs.add_tokens(["covid", "New", "New York", "the", "a.b|c", "été"])
+    ids = theirs.get_vocab()
+    if form == "tokenizer.json":
+        theirs.save_pretrained(tmp_path)
+    else:
+        shutil.copytree(TINY / "tiny-gpt2", tmp_path, dirs_exist_ok=True)
+        added = {word: i for word, i in ids.items() if i > 4095 or word == "the"}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(theirs.special_tokens_map))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.n_vocab, ours.eot_token) == (len(theirs), 4095)
     assert word_ids(ours) == set(range(len(theirs))) - {4095, ids["[PAD]"]}
     same_ids(ours, theirs, ["Hello [PAD]there", "covid in New York, New England: other covids", "a.b|c the été\n New"])
-    assert encode_pairs([("covid", "x")], ours)[0][0] == [ids["covid"], 4095]
 
 
 @pytest.mark.parametrize("merges, sound", [
@@ -168,28 +159,28 @@ WORD = {"id": 999, "content": "covid", "special": False}
 
 @pytest.mark.parametrize("part, change, name", [
     ("pre_tokenizer", {"add_prefix_space": True}, "add_prefix_space"), ("pre_tokenizer", None, "NoneType"),
-    ("pre_tokenizer", {"use_regex": False}, "use_regex"), ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer"),
+    ("pre_tokenizer", {"use_regex": False}, "pre_tokenizer"), ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer"),
     ("normalizer", {"type": "Lowercase"}, "normalizer"), ("post_processor", TEMPLATE, "post_processor"),
-    ("added_tokens", [WORD | {"lstrip": True}], "covid"), ("added_tokens", [WORD | {"rstrip": True}], "covid"),
-    ("added_tokens", [WORD | {"single_word": True}], "covid"), ("added_tokens", [3], "TypeError"),
+    ("added_tokens", [WORD | {"lstrip": True}], "lstrip"), ("added_tokens", [3], "TypeError"),
     ("model", None, "NoneType"), ("model", {"merges": [["a"]]}, "unpack")], ids=str)
 def test_settings_that_would_change_the_ids_are_refused(tmp_path, part, change, name):
     whole = json.loads(trained(merges=5).to_str())
     whole[part] = whole[part] | change if isinstance(change, dict) and whole[part] else change
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*({name})"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*{name}"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"h": None}, {EOT: -1}, {"he": 257, "Ġt": 256}, {"a": ...}, {EOT: ...}], ids=str)
+@pytest.mark.parametrize("change", [{"h": None}, {EOT: -1}, {"he": 257, "Ġt": 256}, {"Ġt": 256}, {EOT: 5}], ids=str)
 def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path, change):
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         load_tokenizer(write_vocabulary(tmp_path, **change))
 
 
-def test_add_prefix_space_in_older_files_is_refused(tmp_path):
-    (write_vocabulary(tmp_path) / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    with pytest.raises(ValueError, match="add_prefix_space"):
+@pytest.mark.parametrize("name", ["add_prefix_space", "add_bos_token"])
+def test_settings_beside_the_older_files_count(tmp_path, name):
+    (write_vocabulary(tmp_path) / "tokenizer_config.json").write_text(json.dumps({name: True}))
+    with pytest.raises(ValueError, match=name):
         load_tokenizer(tmp_path)
 
 
@@ -211,7 +202,7 @@ def test_data_is_read_without_requests():
     ("\ufeffa __eou__ b\n", [["a", "b"]]),                                                  # byte order mark
     ("a __eou__ b\r\nc __eou__ d\r\n", [["a", "b"], ["c", "d"]]),                           # CRLF
     ("a __eou__ b\rc __eou__ d\r", [["a", "b"], ["c", "d"]]),                               # CR
-    ("Yes, sir __eou__ {no}\n[1, 2] __eou__ a,b\n", [["Yes, sir", "{no}"], ["[1, 2]", "a,b"]]),      # no CSV, no JSON
+    ("Yes, sir __eou__ {no}\n[1] __eou__ a,b\n", [["Yes, sir", "{no}"], ["[1]", "a,b"]]),   # no CSV, no JSON
     ("\n \n\r\na __eou__ b\n\n__eou__ __eou__\n\t\n", [["a", "b"]]),                        # blank lines
     ("a __eou__ __eou__ c __eou__ d", [["a", "", "c", "d"]]),                               # an empty turn stays
     ("__eou__ a __eou__ b\n", [["", "a", "b"]]),                                            # at the beginning, too
@@ -241,15 +232,12 @@ def test_an_empty_turn_never_flips_the_roles(place):
 @pytest.mark.parametrize("name, text, words", [
     ("a.csv", b"Hi, you __eou__ Fine\n", "'Hi! __eou__ Hello.'"), ("a.txt", b'["a __eou__ b"]', "'Hi! __eou__ Hello.'"),
     ("a.txt", b'a __eou__ b\n{"text": "a __eou__ b"}\n', "'Hi! __eou__ Hello.'"),
-    ("a.txt", b"A: Hi!\nB: Hello.\n", "'Hi! __eou__ Hello.'"), ("a.txt", b"a __eou__ \xe9\n", "UnicodeDecodeError")])
+    ("a.txt", b"A: Hi!\nB: Hello.\n", "'Hi! __eou__ Hello.'"), ("a.txt", b"a __eou__ \xe9\n", "UnicodeDecodeError"),
+    ("a.txt", "a __eou__ b".encode("utf-16"), "UnicodeDecodeError")], ids=range(6))
 def test_what_is_not_in_the_format_is_named_with_the_cure(tmp_path, name, text, words):
     (tmp_path / name).write_bytes(text)
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}.*{words}"):
         read_dialogues(tmp_path / name)
-
-
-def test_utf_16_with_its_mark_is_read():
-    assert parse_text("é __eou__ b\r\nc __eou__ d".encode("utf-16"), "a.txt") == [["é", "b"], ["c", "d"]]
 
 
 @pytest.mark.parametrize("n, sizes", [(3, [1, 1, 1]), (57, [47, 5, 5])])
@@ -264,7 +252,7 @@ def test_one_file_or_list_is_split_always_in_the_same_way(tmp_path, n, sizes):
 
 
 @pytest.mark.parametrize("dialogues, words", [
-    (["Hi!", "Hello."], "expected a list of turns"), ([["a", None]], "NoneType"), ([["a", "b"]], "holds no .query"),
+    (["Hi!", "Hello."], "expected a list of turns"), ([["a", None]], "NoneType"), ([["a", "b"]], "train.*no .query"),
     ({"train": [["a", "b"]]}, "KeyError 'validation'"), ([["half an emoji: \ud83d", "b"]], "surrogates")], ids=range(5))
 def test_lists_that_are_no_dialogues_are_refused(dialogues, words):
     with pytest.raises(ValueError, match=words):
@@ -295,21 +283,15 @@ def test_detokenizing_takes_spaces_alone_and_no_words_apart(words):
         assert re.findall(find, detokenize(text)) == re.findall(find, text)
 
 
-def test_the_embedded_dialogues():
-    splits = dialogues_of("sample")
-    assert [len(splits[split]) for split in SPLITS] == [800, 100, 100]
-    known = {query_key(query) for query, _ in make_pairs(splits["train"])}
-    assert sum(query_key(query) in known for query, _ in make_pairs(splits["test"])) == 37
-
-
-def test_dailydialog_has_its_published_counts():
-    dialogues = dialogues_of("dailydialog")
-    assert [len(dialogues[split]) for split in SPLITS] == [11_118, 1_000, 1_000]
-    assert [sum(map(len, dialogues[split])) for split in SPLITS] == [87_170, 8_069, 7_740]
-    pairs = {split: make_pairs(dialogues[split]) for split in SPLITS}
-    known = {query_key(query) for query, _ in pairs["train"]}
-    assert len(pairs["test"]) == 3_700 and sum(query_key(query) in known for query, _ in pairs["test"]) == 1_158
-    assert dialogues["train"][0][0] == "Say, Jim, how about going for a few beers after dinner?"
+@pytest.mark.parametrize("name, dialogues, turns, pairs, seen", [
+    ("sample", [800, 100, 100], None, None, 37),
+    ("dailydialog", [11_118, 1_000, 1_000], [87_170, 8_069, 7_740], 3_700, 1_158)])
+def test_the_data_sets_have_their_published_counts(name, dialogues, turns, pairs, seen):
+    splits = dialogues_of(name)
+    assert [len(splits[split]) for split in SPLITS] == dialogues
+    assert turns in (None, [sum(map(len, splits[split])) for split in SPLITS])
+    known, test = {query_key(query) for query, _ in make_pairs(splits["train"])}, make_pairs(splits["test"])
+    assert pairs in (None, len(test)) and sum(query_key(query) in known for query, _ in test) == seen
 
 
 # ------------------------------------------------------------------------------------------------- MultiWOZ
@@ -320,14 +302,13 @@ def said(*turns):
     return {"turns": [{"speaker": speakers.get(who, who), "utterance": text} for who, text in turns]}
 
 
-def multiwoz(folder, **files):
-    """A folder in MultiWOZ's layout; train_002=... puts that (bytes, or anything JSON) in train/dialogues_002.json."""
-    good = [said(("U", "a"), ("S", "b"))]
-    for name, contents in ({"train_001": good, "dev_001": good, "test_001": good} | files).items():
-        split, number = name.split("_")
-        (folder / split).mkdir(exist_ok=True)
-        contents = contents if isinstance(contents, bytes) else json.dumps(contents).encode()
-        (folder / split / f"dialogues_{number}.json").write_bytes(contents)
+def multiwoz(folder, part, contents):
+    """A folder in MultiWOZ's layout, in which one part holds these contents (bytes, or anything JSON)."""
+    for name in ("train", "dev", "test"):
+        held = contents if name == part else [said(("U", "a"), ("S", "b"))]
+        (folder / name).mkdir()
+        held = held if isinstance(held, bytes) else json.dumps(held).encode()
+        (folder / name / "dialogues_001.json").write_bytes(held)
     return folder
 
 
@@ -347,16 +328,15 @@ def test_multiwoz_alternates_from_the_users_first_turn(tmp_path):
     dialogue = said(("S", "Welcome!"), ("U", " hi "), ("U", "a room?"), ("S", ""), ("U", "please"),
                     ("S", "yes"), ("S", "two"), ("U", "bye"))
     expected = ["hi a room?", "", "please", "yes two", "bye"]
-    assert read_dialogues(multiwoz(tmp_path, train_002=[dialogue]))["train"] == [["a", "b"], expected]
+    assert read_dialogues(multiwoz(tmp_path, "train", [dialogue]))["train"] == [expected]
 
 
 @pytest.mark.parametrize("contents", [
-    b"", b"{}", b"[" * 100_000, ["hello"], [{}], [{"turns": [{"speaker": "USER"}]}], [said(("U", "a"), ("user", "b"))],
-    [said(("U", "a"), ("S", None))], [said(("U", "half an emoji: \ud83d"), ("S", "b"))], [said(("S", "no pair"))]],
-    ids=range(10))
+    b"", b"[" * 100_000, ["hello"], [{}], [{"turns": [{"speaker": "USER"}]}], [said(("U", "a"), ("user", "b"))],
+    [said(("U", "a"), ("S", None))], [said(("U", "half an emoji: \ud83d"), ("S", "b"))]], ids=range(8))
 def test_a_file_that_breaks_the_schema_is_named(tmp_path, contents):
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "dev"))):
-        read_dialogues(multiwoz(tmp_path, dev_001=contents))
+        read_dialogues(multiwoz(tmp_path, "dev", contents))
 
 
 # ----------------------------------------------------------------------------------------- pairs, splits, batches
@@ -412,15 +392,8 @@ def test_in_english_words_are_what_re_finds(text):
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(1, 10), st.none() | st.integers(0, 9))
 def test_batches_are_a_permutation_of_similar_lengths(lengths, size, seed):
     batches = group_by_length(lengths, size, seed)
+    assert batches == group_by_length(lengths, size, seed)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1) and max(map(len, batches)) <= size
     rows = sorted(([lengths[i] for i in batch] for batch in batches), key=lambda row: (max(row), min(row)))
     assert all(max(a) <= min(b) for a, b in itertools.pairwise(rows))   # no example fits better in another batch
-
-
-def test_the_order_of_batches_and_their_company_change_with_the_seed():
-    lengths = [2 + i % 5 for i in range(200)]
-    one, again, other = (group_by_length(lengths, 8, seed) for seed in (1, 1, 2))
-    assert one == again
-    assert sorted(map(sorted, one)) != sorted(map(sorted, other))
-    assert [lengths[batch[0]] for batch in one] != [lengths[batch[0]] for batch in other]
