@@ -39,7 +39,8 @@ def reading(source):
         raise
     except Exception as error:
         cure = "; delete it, and it is downloaded again" if Path(source).is_relative_to(cache_folder()) else ""
-        raise ValueError(f"{source} is not what was expected: {type(error).__name__} {error}{cure}") from None
+        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+        raise ValueError(f"{source} is not what was expected: {kind}{error}{cure}") from None
 
 
 # -------------------------------------------------------------------------------------------- dialogues and pairs
