@@ -1,7 +1,6 @@
 """GPT-2 from scratch, in one file that works alone: the network, text generation, and checkpoints on disk.
 
-The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn, mlp.c_fc ...), so loading is one loop.
-
+The names are those of the published checkpoints (wte, wpe, h, ln_1, attn.c_attn ...), so that loading is one loop.
 Shape letters, the same in every file of this project:
     B batch    T tokens    C embedding width    H heads    D = C / H, width of a head    L layers    V vocabulary
     P positions that stand before the row as keys and values: those of a prefix, or of the KV cache
@@ -11,6 +10,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 import json
 import math
 import os
+import pickle
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -58,8 +57,8 @@ class Attention(nn.Module):
         turns into 0. None: every position reads the past, itself, and what stands before it in the row.
         """
         B, T, C = x.shape
-        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                # (B, T, C) -> (B, H, T, D)
-                   for t in self.c_attn(x).split(C, dim=2))
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))    # (B, T, C) -> (B, H, T, D)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
             if mask is None:            # `is_causal` would let row 0 read position 0 alone; here it reads P + 1 of them
@@ -106,12 +105,7 @@ def init_weights(module):
 
 
 class GPT(nn.Module):
-    """GPT-2, with the output layer tied to the word embeddings: wte is its first and its last matrix.
-
-    >>> gpt = GPT.from_pretrained("tiny/tiny-gpt2")
-    >>> gpt(torch.tensor([[1, 2, 3]])).shape
-    torch.Size([1, 3, 4096])
-    """
+    """GPT-2, with the output layer tied to the word embeddings: wte is its first and its last matrix."""
 
     def __init__(self, config):
         super().__init__()
@@ -123,7 +117,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.apply(init_weights)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):      # 2L branches add into the residual stream: it shall not grow
+            if name.endswith("c_proj.weight"):      # 2L branches add up: their sum shall not grow with L
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids):
@@ -134,16 +128,13 @@ class GPT(nn.Module):
     def hidden_states(self, x, past=None, mask=None, positions=None):
         """Input embeddings (B, T, C), without positions -> last hidden states (B, T, C), each layer's keys and values.
 
-        Prompts enter here: embeddings as a part of x, keys and values as `past`.
-        past: for each layer the (keys, values) that stand before the row, each (B, H, P, D).
+        Prompts enter here, as a part of x, or as `past`: for each layer (keys, values), each (B, H, P, D).
         mask: as in `Attention.forward`. positions: position ids (B, T) or (T,); None: P, P + 1, ...
-        Raises ValueError for more positions than the model has.
         """
         T, P = x.size(1), past[0][0].size(2) if past else 0
         if positions is None:
             if P + T > self.config.n_positions:
-                raise ValueError(f"{P + T} positions are asked for, but the model's n_positions is "
-                                 f"{self.config.n_positions}")
+                raise ValueError(f"{P + T} positions, but the model's n_positions is {self.config.n_positions}")
             positions = torch.arange(P, P + T, device=x.device)
         x = self.drop(x + self.wpe(positions))
         presents = []
@@ -153,62 +144,48 @@ class GPT(nn.Module):
         return self.ln_f(x), presents
 
     def logits(self, hidden):
-        """Hidden states (..., C) -> float32 logits (..., V). Ask for few positions: V is large.
-
-        GPT-2's logits lie between -30 and -110, where neighbours in bfloat16 are 0.25 to 0.5 apart: rounded so, many
-        tokens would tie for the first place. So this product is not autocast.
-        """
+        """Hidden states (..., C) -> float32 logits (..., V). Ask for few positions: V is large."""
+        # GPT-2's logits lie near -100, where bfloat16's neighbours are 0.5 apart: many would tie. So never autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.wte.weight.float())
 
-    # ------------------------------------------------------------------------------------------------ generating text
-
     def generate(self, queries, max_new_tokens=40, eot=None, **options):
-        """Continue each query until `eot` or for max_new_tokens, all in one batch.
+        """Continue each query until `eot`, or for max_new_tokens -> a list of token lists, without eot.
 
         queries: a list of token lists, or a (B, T) tensor. eot: the token that ends an answer; None: the checkpoint's.
-        options: temperature, top_p (see `sample_next_token`; by default greedy), suppress_tokens (see `generate_from`).
-        Returns a list of token lists, without eot. Raises ValueError for an empty query, or one that leaves too few of
-        the n_positions, and FloatingPointError where the logits are not finite.
+        options: suppress_tokens, ids that are never chosen; temperature and top_p of `sample_next_token`.
+        Raises ValueError for an empty query or too long ones, FloatingPointError where logits are not finite.
         """
-        if len(queries) == 0:
-            return []
         rows = token_rows(queries)
+        if not rows:
+            return []
         with evaluation(self):
-            x = self.wte(to_device(pad_sequence(rows, batch_first=True), self.wte.weight.device))
+            x = self.wte(to_device(nn.utils.rnn.pad_sequence(rows, batch_first=True), self.wte.weight.device))
             return self.generate_from(x, [len(row) for row in rows], None, max_new_tokens, eot, **options)
 
-    def generate_from(self, x, lengths, past, max_new_tokens=40, eot=None, temperature=0.0, top_p=1.0,
-                      suppress_tokens=()):
-        """Like `generate`, from input embeddings x (B, T, C), padded on the right to `lengths` (a list of B numbers),
-        and a `past` as in `hidden_states`, or None. To be called within `evaluation`.
-
-        suppress_tokens: ids that are never chosen, for instance rows of wte that stand for no word.
-        """
-        c, (B, T, _), device = self.config, x.shape, x.device
+    def generate_from(self, x, lengths, past, max_new_tokens=40, eot=None, suppress_tokens=(), **options):
+        """Like `generate`, within `evaluation`, from input embeddings x (B, T, C), padded on the right to `lengths` (a
+        list of B numbers), and a `past` as in `hidden_states`, or None."""
+        (B, T, _), device = x.shape, x.device
         P = past[0][0].size(2) if past else 0
-        eot = c.eot if eot is None else eot
-        if min(lengths) == 0:
-            raise ValueError(f"query {lengths.index(0)} has no tokens, expected at least one")
-        if P + max(lengths) + max_new_tokens > c.n_positions:
-            raise ValueError(f"prompt, query and answer need {P + max(lengths) + max_new_tokens} positions, "
-                             f"but the model's n_positions is {c.n_positions}")
-        suppressed = torch.zeros(c.vocab_size)
-        suppressed[list(suppress_tokens)] = -math.inf
-        suppressed, ends = to_device(suppressed, device), to_device(torch.tensor(lengths), device)
+        eot = self.config.eot if eot is None else eot
+        if min(lengths) == 0 or P + max(lengths) + max_new_tokens > self.config.n_positions:
+            raise ValueError(f"queries of {min(lengths)} to {max(lengths)} tokens, a prompt of {P}, answers of "
+                             f"{max_new_tokens}: expected 1 or more, and at most {self.config.n_positions} in all")
+        suppressed = to_device(torch.tensor(list(suppress_tokens), dtype=torch.int64), device)
+        ends = to_device(torch.tensor(lengths), device)
         answers, rows = [[] for _ in lengths], list(range(B))           # rows: those that have not ended
         # Prefill: one pass over the rows. What is real never reads the padding behind it; later tokens must not either.
         hidden, past = self.hidden_states(x, past)
         hidden = hidden[torch.arange(B, device=device), ends - 1][:, None]                      # (B, 1, C)
         readable = torch.arange(-P, T, device=device) < ends[:, None]                           # (B, P + T)
-        positions = P + ends[:, None]                                                           # (B, 1)
         for n in range(1, max_new_tokens + 1):
-            tokens = sample_next_token(self.logits(hidden[:, 0]) + suppressed, temperature, top_p)      # (B,)
+            logits = self.logits(hidden[:, 0]).index_fill(1, suppressed, -math.inf)             # (B, V)
+            tokens = sample_next_token(logits, **options)                                       # (B,)
             alive = []
             for i, token in enumerate(tokens.tolist()):                 # a GPU is waited for here, and nowhere else
                 if token == NOT_FINITE:
-                    raise FloatingPointError("the logits are NaN or infinite, so there is no next token; in float16 "
-                                             "large numbers overflow: try float32")
+                    raise FloatingPointError("the logits are NaN or infinite; float16 overflows early: try float32")
                 if token != eot:
                     answers[rows[i]].append(token)
                     alive.append(i)
@@ -216,62 +193,49 @@ class GPT(nn.Module):
                 break
             if len(alive) < len(rows):                                  # rows that have ended leave the batch
                 rows, kept = [rows[i] for i in alive], to_device(torch.tensor(alive), device)
-                tokens, readable, positions = tokens[kept], readable[kept], positions[kept]
+                tokens, readable = tokens[kept], readable[kept]
                 past = [(k[kept], v[kept]) for k, v in past]
+            positions = readable.sum(dim=1, keepdim=True)               # (B, 1): each token follows those it may read
             readable = F.pad(readable, (0, 1), value=True)                                      # (B, P + T + n)
             hidden, past = self.hidden_states(self.wte(tokens)[:, None], past, readable[:, None, None], positions)
-            positions = positions + 1
         return answers
-
-    # ---------------------------------------------------------------------------------------------- checkpoint folders
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0):
         """Load a folder in Hugging Face's layout: config.json, and model.safetensors or pytorch_model.bin, whole or in
-        shards -> GPT, float32, in evaluation mode.
-
-        Raises OSError for a missing file, ValueError for a file that is broken or holds something else than a GPT-2.
-        """
-        folder, found = Path(folder), {}
+        shards -> GPT, float32, in evaluation mode. Raises OSError or ValueError, in a sentence that names the file."""
+        folder, weights = Path(folder), {}
         with reading(folder / "config.json"), torch.device("meta"):     # shapes only: no memory, no random numbers
             gpt = cls(read_config(folder / "config.json", dropout))
-        shapes = {name: t.shape for name, t in gpt.state_dict().items()}
         for path in weight_files(folder):
+            tensors = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
             with reading(path):
-                tensors = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path).items()
-                for name, tensor in tensors:
-                    # What stands before GPT-2's own names (transformer. module. model.) comes from a module around it.
-                    name = re.sub(r"^.*?\b(wte|wpe|ln_f|lm_head|h\.\d+)\.", r"\1.", name)
-                    if name in ("lm_head.weight", "lm_head.decoder.weight"):    # tied
-                        name = "wte.weight"
-                    if name.endswith((".attn.bias", ".attn.masked_bias")):      # old files hold the causal triangle
+                for name in list(tensors):
+                    tensor = tensors.pop(name)                                  # so memory holds each weight once
+                    name = re.sub(r"^.*?\b(wte|wpe|ln_f|lm_head|h\.\d+)\.", r"\1.", name)     # transformer.h.0. -> h.0.
+                    name = re.sub(r"^lm_head\.(decoder\.)?", "wte.", name)      # tied: it is the word embeddings
+                    if name.endswith((".attn.bias", ".attn.masked_bias")):      # old files hold the causal mask, too
                         continue
                     if tensor.untyped_storage().nbytes() < tensor.nbytes:
-                        raise ValueError(f"{name} repeats a few numbers in a large shape, expected trained weights")
-                    if is_conv1d(name):
-                        tensor = tensor.t()
-                    if tensor.shape == shapes.get(name):                # else load_state_dict says what is wrong
-                        tensor = tensor.float().contiguous()
-                        if not torch.stack(tensor.aminmax()).isfinite().all():
-                            raise ValueError(f"{name} holds NaN or infinite numbers, expected trained weights")
-                        if not torch.equal(found.get(name, tensor), tensor):
-                            raise ValueError(f"two different tensors for {name}; GPT-2's lm_head is tied to wte")
-                    found[name] = tensor
+                        raise ValueError(f"{name} has fewer numbers than its shape")
+                    tensor = (tensor.t() if name.endswith(CONV1D) else tensor).float().contiguous()
+                    if not tensor.sum().isfinite():
+                        raise ValueError(f"{name} holds NaN or infinite numbers")
+                    if not torch.equal(weights.setdefault(name, tensor), tensor):
+                        raise ValueError(f"two different tensors for {name}; GPT-2's lm_head is tied to wte")
         with reading(folder):
-            gpt.load_state_dict(found, assign=True)
+            gpt.load_state_dict(weights, assign=True)
         return gpt.eval()
 
     def save_pretrained(self, folder, dtype=torch.float32):
         """Write config.json and model.safetensors as `transformers` writes and reads them. Raises OSError."""
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-                  "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_ctx": c.n_positions, "n_embd": c.n_embd,
-                  "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner,
-                  "layer_norm_epsilon": c.layer_norm_epsilon, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
-                  "bos_token_id": c.eot, "eos_token_id": c.eot}
-        tensors = {name: t.t() if is_conv1d(name) else t for name, t in self.state_dict().items()}
-        write_safetensors(folder / "model.safetensors", {f"transformer.{n}": t.to(dtype) for n, t in tensors.items()})
+        config = vars(c) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": c.n_positions,
+                            "activation_function": "gelu_new", "bos_token_id": c.eot, "eos_token_id": c.eot}
+        write_safetensors(folder / "model.safetensors", {
+            f"transformer.{name}": (t.t() if name.endswith(CONV1D) else t).to(dtype)
+            for name, t in self.state_dict().items()})
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -299,12 +263,8 @@ NOT_FINITE = -100               # the "token" of logits that are NaN or infinite
 
 
 def sample_next_token(logits, temperature=0.0, top_p=1.0):
-    """Logits (B, V) -> the next token of each row (B,); NOT_FINITE where the logits are NaN or infinite.
-
-    temperature 0 takes the likeliest; otherwise tokens are drawn from the smallest set that holds top_p of the
-    probability.
-    Raises ValueError for a negative temperature, or a top_p that is no share.
-    """
+    """Logits (B, V) -> the next token of each row (B,); NOT_FINITE where they are NaN or infinite. temperature 0 takes
+    the likeliest; else one is drawn from the smallest set that holds top_p of the probability."""
     if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
         raise ValueError(f"temperature {temperature} and top_p {top_p}, expected 0 or more, and a number from 0 to 1")
     finite = logits.amax(dim=-1).isfinite()             # the maximum of a row with NaN is NaN
@@ -326,51 +286,37 @@ class UsageError(ValueError):
 def choose_device(device="auto", dtype="auto"):
     """The flags --device and --dtype -> torch.device, torch.dtype, and the reason in words. Raises UsageError.
 
-    auto is a GPU that this PyTorch has kernels for, else the CPU; and the fastest type that the device computes
-    natively: bfloat16, or float16 on a GPU that has none (Colab's T4), else float32.
+    auto: a GPU that this PyTorch has kernels for, else the CPU; bfloat16 where the device computes it natively, else
+    float16 on a GPU (Colab's T4), float32 on a CPU.
     """
-    reasons = []
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not gpu_has_kernels():
-            reasons.append("this PyTorch has no kernels for the GPU here, of compute capability "
-                           + "{}.{}".format(*torch.cuda.get_device_capability()))
-            device = "cpu"
-    kind, colon, index = device.partition(":")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}.get(kind, 0)
-    if colon and not index.isdecimal() or int(index or 0) >= there:
-        raise UsageError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
-    native = False
-    if kind == "cuda":
-        device = f"cuda:{index or 0}"
-        torch.cuda.set_device(device)                   # what follows asks about this GPU
+        device = "cuda" if torch.cuda.is_available() and gpu_has_kernels() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device                   # cuda becomes cuda:0
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {device}: PyTorch finds no such device here") from None
+    gpu, native = device.type == "cuda", False
+    if gpu:
+        torch.cuda.set_device(device)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        # On H100 and newer GPUs cuDNN's attention would be tried first, and makes a plan for every new shape of batch.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    elif kind == "cpu":                                 # without these instructions, 16 bits are slower than 32
-        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")         # older PyTorch has not all of them
-        native = any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
-    if dtype == "auto":
-        dtype = "bfloat16" if native else "float16" if kind == "cuda" else "float32"
-        reasons.append(f"this {'GPU' if kind == 'cuda' else kind} has {'' if native else 'no '}fast bfloat16")
-    else:
-        reasons.append(f"--dtype {dtype}")
-    if kind == "cuda":                  # cuDNN's own default would round p-tuning's LSTM in float32, too
-        tf32 = dtype != "float32" and torch.cuda.get_device_capability()[0] >= 8
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        if tf32:
-            reasons.append("float32 products, as the output layer's, in TF32")
-    return torch.device(device), getattr(torch, dtype), "; ".join(reasons)
+        torch.backends.cuda.enable_cudnn_sdp(False)                     # it makes a plan for every new shape of batch
+        # TF32 for the float32 product of `logits`; not, as is cuDNN's default, where float32 is asked for.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "float32"
+    elif device.type == "cpu":                                          # without these, 16 bits are slower than 32
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if dtype != "auto":
+        return device, getattr(torch, dtype), f"--dtype {dtype}"
+    dtype = torch.bfloat16 if native else torch.float16 if gpu else torch.float32
+    return device, dtype, f"this {'GPU' if gpu else device.type} has {'' if native else 'no '}fast bfloat16"
 
 
 def gpu_has_kernels():
     """Whether this PyTorch was built for the GPU: what is for sm_86 runs on 8.6 to 8.9, for compute_90 from 9.0 on."""
-    capability = torch.cuda.get_device_capability()
+    gpu = torch.cuda.get_device_capability()
     built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
-    for kind, major, minor in built:
-        if (int(major), int(minor)) <= capability and (kind == "compute" or int(major) == capability[0]):
-            return True
-    return not built                                    # ROCm's names are others (gfx90a)
+    return not built or any(                            # none: AMD's names are others (gfx90a)
+        (int(major), int(minor)) <= gpu and (kind == "compute" or int(major) == gpu[0])
+        for kind, major, minor in built)
 
 
 def to_device(tensor, device):
@@ -382,26 +328,18 @@ def to_device(tensor, device):
 
 @contextmanager
 def reading(path):
-    """Whatever goes wrong while a file is read becomes one sentence that names it, in a ValueError; OSErrors stay."""
+    """Whatever goes wrong while a file is read becomes one sentence that names it, a ValueError; OSErrors stay."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        if str(path) in str(error):                     # it names the file already
-            raise
-        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
-        raise ValueError(f"{path} is not what was expected: {kind}{error}"[:600]) from error
-
-
-def is_conv1d(name):
-    """GPT-2's attention and MLP layers are `Conv1D`: stored (in, out), where nn.Linear keeps (out, in)."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
+        raise ValueError(f"{path} is not what was expected: {reason}"[:600]) from error
 
 
 def read_config(path, dropout=0.0):
-    """Hugging Face's config.json -> GPTConfig; what is not there is GPT-2 small's. Raises OSError, or ValueError for
-    anything but a plain GPT-2: loaded silently, its logits would be wrong."""
+    """config.json -> GPTConfig. What is no plain GPT-2 is refused: loaded silently, its logits would be wrong."""
     raw = json.loads(path.read_text(encoding="utf-8"))
     plain = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
              "scale_attn_weights": True, "add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False,
@@ -409,22 +347,19 @@ def read_config(path, dropout=0.0):
     for key, value in plain.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
-    sizes = {"n_positions": raw.get("n_ctx", 1024)} | {
-        key: raw[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner") if key in raw}
-    for key, size in sizes.items():
-        if size is not None and (type(size) is not int or not 0 < size < 10**7) or key == "n_layer" and size > 1000:
-            raise ValueError(f"{key} is {size!r}, expected a size")
-    eos = raw.get("eos_token_id")
-    return GPTConfig(**sizes, layer_norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)), dropout=dropout,
-                     eos_token_id=eos if type(eos) is int and 0 <= eos < sizes.get("vocab_size", 50257) else None)
+    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
+    config = GPTConfig(**{key: raw[key] for key in sizes if key in raw}, dropout=dropout)
+    if raw.get("eos_token_id") in range(config.vocab_size):             # else the vocabulary's last token
+        config.eos_token_id = raw["eos_token_id"]
+    return config
 
 
 def weight_files(folder):
     """The files that hold a checkpoint's weights. Where they are in shards, the index says which ones count."""
     for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
         if (folder / name).exists():
             return [folder / name]
-        index = folder / f"{name}.index.json"
         if index.exists():
             with reading(index):
                 return sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
@@ -432,56 +367,47 @@ def weight_files(folder):
 
 
 def load_tensors(path):
-    """torch.load for tensors, numbers and text alone: any other pickle could run a stranger's code, and is refused."""
-    with open(path, "rb") as file:
+    """torch.load of tensors, numbers and text alone: any other pickle could run a stranger's code, and is refused."""
+    with reading(path):
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:              # of many kinds; torch's own text advises to switch the check off
-            raise ValueError(f"{path} is broken or holds more than plain tensors, so it was not loaded "
-                             f"({type(error).__name__})") from None
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:          # its own text advises to switch the check off
+            raise ValueError("it is broken, or holds more than plain tensors") from None
 
 
+# GPT-2's attention and MLP layers are `Conv1D`: stored (in, out), where nn.Linear keeps (out, in).
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # safetensors: 8 bytes N, little-endian; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; raw bytes.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """Tensors of a safetensors file, as (name, tensor), one at a time. It never asks for more bytes than the file has,
-    and bytes that do not fill a shape do not fit it. Raises ValueError where the file breaks the format."""
-    size = os.path.getsize(path)
+    """A safetensors file -> {name: tensor}. No more bytes are asked for than the file has; too few fill no shape."""
+    tensors, size = {}, os.path.getsize(path)
     with reading(path), open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
-        if n > size - 8:
-            raise ValueError("it ends before its header does, or is no safetensors file")
-        header = json.loads(file.read(n))
+        header = json.loads(file.read(min(n, size)))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES or not 0 <= begin < end <= size - 8 - n:
-                raise ValueError(f"{name} is of type {entry['dtype']}, bytes {begin} to {end} of {size - 8 - n}: the "
-                                 f"type is not supported, or the file ends too early")
             file.seek(8 + n + begin)
-            data = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[entry["dtype"]])
-            yield name, data.view(entry["shape"])
+            data = bytearray(file.read(min(end - begin, size)))
+            tensors[name] = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
 
 
 def write_safetensors(path, tensors):
     """{name: tensor} -> a safetensors file. Raises OSError."""
-    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, data, end = {"__metadata__": {"format": "pt"}}, [], 0
     for name, t in tensors.items():
-        begin, end = end, end + t.numel() * t.element_size()
+        data.append(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        begin, end = end, end + t.nbytes
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                     # so that the data is aligned
-
-    def write(file):
-        file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
-            file.write(t.view(-1).view(torch.uint8).numpy())
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: file.writelines([len(text).to_bytes(8, "little"), text, *data]))
 
 
 def write_atomically(path, write):
@@ -493,10 +419,8 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of a full disk, and of Ctrl-C
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__
-        raise OSError(f"cannot write {path}: {error.__context__ or error}") from None
+    except RuntimeError as error:                       # torch.save makes one of a full disk, and of Ctrl-C
+        raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,30 +14,18 @@ from test_model import assert_same_logits, random_gpt2
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
-def edit_config(folder, without=(), **changes):
+def edit_config(folder, **changes):
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in without}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @contextmanager
 def refused(path, match=None):
-    """What happens inside must be refused in one short text that names the file, using little memory."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=match) as caught:
-            yield
-        assert tracemalloc.get_traced_memory()[1] < 4_000_000
-    finally:
-        tracemalloc.stop()
+    """What happens inside must be refused in one short text that names the file."""
+    with pytest.raises(ValueError, match=match) as caught:
+        yield
     assert str(caught.value).count(str(path)) == 1 and len(str(caught.value)) < 1000
     assert "weights_only" not in str(caught.value)              # torch's own message advises to switch the check off
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm():
-    """The first time, this makes torch import 70 MB of itself, which `refused` should not count."""
-    torch.empty(1, device="meta").normal_()
 
 
 @pytest.fixture
@@ -68,8 +56,8 @@ def save_legacy(tensors, folder):
     (save_legacy, "module.transformer.", torch.bfloat16, "module.lm_head.decoder.weight")])
 @pytest.mark.parametrize("words", [True, False], ids=["wte", "head alone"])
 def test_every_published_layout(save, prefix, dtype, head, words, checkpoint):
-    """GPT-2's files have bare names, DialoGPT's a prefix; old ones also store masks, the output layer and n_ctx; of two
-    tied tensors either may be the one that is kept, and they may not differ."""
+    """GPT-2's files have bare names, DialoGPT's a prefix; old ones also store masks and the output layer; of two tied
+    tensors either may be the one that is kept, and they may not differ."""
     folder, model, tensors = checkpoint
     tensors = {prefix + name: t.to(dtype) for name, t in tensors.items()}
     for i in range(2):
@@ -78,7 +66,6 @@ def test_every_published_layout(save, prefix, dtype, head, words, checkpoint):
     if head:
         tensors[head] = tensors[f"{prefix}wte.weight"] if words else tensors.pop(f"{prefix}wte.weight")
     save(tensors, folder)
-    edit_config(folder, without=["n_positions"], n_ctx=20)
     gpt = GPT.from_pretrained(folder)
     assert {p.dtype for p in gpt.parameters()} == {torch.float32} and not gpt.training
     assert_same_logits(gpt, model.to(dtype).float())
@@ -145,20 +132,15 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(changes, more, co
         GPT.from_pretrained(folder)
 
 
-SETTINGS = {
-    "model_type": ["gpt_neo"], "activation_function": ["gelu"], "tie_word_embeddings": [False],
-    "scale_attn_weights": [False], "scale_attn_by_inverse_layer_idx": [True], "reorder_and_upcast_attn": [True],
-    "add_cross_attention": [True], "n_inner": [0, 1.5, 10**12, "12"], "n_head": [5],        # does not divide the width
-    **{key: [0, -1, 1.5, 10**12, True, "12"] for key in ("vocab_size", "n_positions", "n_embd", "n_layer")}}
-
-
-@pytest.mark.parametrize("key", SETTINGS)
-def test_settings_that_are_refused(key, checkpoint):
+@pytest.mark.parametrize("key, value", [
+    ("model_type", "gpt_neo"), ("activation_function", "gelu"), ("tie_word_embeddings", False),
+    ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True), ("reorder_and_upcast_attn", True),
+    ("add_cross_attention", True), ("n_head", 5)])                              # 12 is no multiple of 5
+def test_settings_that_are_refused(key, value, checkpoint):
     """There are no weights in the folder: a configuration is judged before they are opened."""
-    for value in SETTINGS[key]:
-        edit_config(checkpoint[0], **{key: value})
-        with refused(checkpoint[0] / "config.json", key):
-            GPT.from_pretrained(checkpoint[0])
+    edit_config(checkpoint[0], **{key: value})
+    with refused(checkpoint[0] / "config.json", key):
+        GPT.from_pretrained(checkpoint[0])
 
 
 def one(data=bytes(24), length=None, **changes):
@@ -183,7 +165,7 @@ HOSTILE = {
         "header too short": one(length=20), "dtype unknown": one(dtype="F8_E4M3"), "dtype a list": one(dtype=["F32"]),
         "shape too small": one(shape=[2, 2]), "negative": one(shape=[-2, -3]), "huge": one(shape=[2**62] * 3000),
         "out of the file": one(shape=[2**38], data_offsets=[0, 2**40]), "in reverse": one(data_offsets=[24, 0]),
-        "before the data": one(data_offsets=[-24, 0]), "one offset": one(data_offsets=[24])}.items()},
+        "one offset": one(data_offsets=[24])}.items()},
     **{f"pickle, {name}": ("pytorch_model.bin", change) for name, change in {
         "code": lambda w: Malice(), "code inside": lambda w: w | {"ln_f.bias": Malice()}, "a list": lambda w: [w],
         "a number among tensors": lambda w: w | {"epoch": 3}, "a numbered tensor": lambda w: w | {0: torch.ones(2)},
@@ -203,16 +185,23 @@ def test_files_of_something_else_are_refused(case, checkpoint, monkeypatch):
     assert not (folder / "pwned").exists()
 
 
+@pytest.mark.parametrize("content", [one(length=2**40), one(shape=[2**38], data_offsets=[0, 2**40])])
+def test_no_more_memory_is_asked_for_than_the_file_has(content, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    tracemalloc.start()
+    with refused(tmp_path / "a.safetensors"):
+        read_safetensors(tmp_path / "a.safetensors")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
 # ------------------------------------------------------------------------------------------------------- atomic writes
 
-class Failing:
-    """What fails while torch.save pickles it, or a file that fails at the second piece that is written into it."""
+class Full:
+    """A file that fails at the second piece that is written into it."""
 
-    def __init__(self, error, file=None):
-        self.error, self.file = error, file
-
-    def __reduce__(self):
-        raise self.error
+    def __init__(self, file, error):
+        self.file, self.error = file, error
 
     def write(self, data):
         if self.file.tell():
@@ -220,14 +209,10 @@ class Failing:
         return self.file.write(data)
 
 
-@pytest.mark.parametrize("write", [
-    lambda file, error: [Failing(error, file).write(b"half") for _ in range(2)],
-    lambda file, error: torch.save([torch.ones(3), Failing(error)], file),
-    lambda file, error: torch.save([torch.ones(3)], Failing(error, file))], ids=["write", "pickling", "torch's write"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("torch"), KeyboardInterrupt()], ids=repr)
-def test_a_write_that_fails_leaves_the_old_file(error, write, tmp_path):
-    """Ctrl-C comes out as Ctrl-C, also through torch.save, which makes a RuntimeError of it."""
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
+def test_a_write_that_fails_leaves_the_old_file(error, tmp_path):
+    """A full disk and Ctrl-C come out as such, though torch.save makes a RuntimeError of them."""
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError):
-        write_atomically(tmp_path / "a", lambda file: write(file, error))
+    with pytest.raises(type(error)):
+        write_atomically(tmp_path / "a", lambda file: torch.save(torch.ones(3), Full(file, error)))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"

@@ -1,6 +1,5 @@
 """GPT against transformers' GPT-2: logits, gradients, keys and values, answers. Tokens that are drawn; the device."""
 import random
-import sys
 
 import pytest
 import torch
@@ -110,20 +109,11 @@ def test_a_mask_hides_positions_as_in_transformers(tmp_path):
 
 
 def test_autocast_rounds_no_logits():
-    """The logits are lowered to about -100, where bfloat16's neighbours are 0.5 apart, so that many would tie."""
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4))
-    ids = torch.randint(300, (60, 64))
-    with torch.no_grad():
-        gpt.wte.weight.normal_(std=0.1)
-        gpt.wpe.weight.normal_(std=0.3)
-        gpt.wte.weight[:, 0], gpt.ln_f.weight[0], gpt.ln_f.bias[0] = 1, 0, -100
-        exact = gpt(ids)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = gpt(ids)
-    assert exact.mean() < -90 and logits.dtype == torch.float32
-    assert (logits.argmax(-1) != exact.argmax(-1)).float().mean() < 0.005
-    assert (exact.bfloat16().argmax(-1) != exact.argmax(-1)).float().mean() > 0.1       # so the line above can fail
+    gpt, hidden = GPT(GPTConfig(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2)), torch.randn(3, 5, 16)
+    expected = hidden @ gpt.wte.weight.T
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (hidden @ gpt.wte.weight.T).dtype == torch.bfloat16              # so the next line can fail
+        close(gpt.logits(hidden), expected)
 
 
 # --------------------------------------------------------------------------------------------------- generating text
@@ -180,20 +170,19 @@ def test_the_whole_room_of_n_positions_can_be_used_and_no_more(writer):
     model, _, gpt, queries, _ = writer
     assert gpt.generate(queries[:3], 24, eot=-1) == [greedy(model, query, 24, None) for query in queries[:3]]
     assert gpt.generate(queries[:3], 0) == [[], [], []] and gpt.generate([]) == []
-    for wrong, words in ((queries[:3], "85.*84"), ([[1, 2], []], "query 1 has no tokens"),
-                         ([1, 2, 3], "list of token lists")):
+    for wrong, words in (queries[:3], "at most 84"), ([[1, 2], []], "0 to 2"), ([1, 2, 3], "list of token lists"):
         with pytest.raises(ValueError, match=words):
             gpt.generate(wrong, 25, eot=-1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_answer_is_made_of_nan(writer, temperature):
-    """From the first token on, or where a row comes to a bad position; and of float16's overflow in a sound model."""
+    """From the first token on, or where a row comes to a bad position; or where float16 overflows in a sound model."""
     _, folder, gpt, queries, _ = writer
     for name, row in ("h.0.mlp.c_fc.bias", 3), ("wpe.weight", 61), ("wte.weight", 39):
         bad = GPT.from_pretrained(folder)
         bad.get_parameter(name).data[row] = torch.inf if name == "wte.weight" else torch.nan
-        with pytest.raises(FloatingPointError, match="next token"):
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
             bad.generate(queries, 24, eot=-1, temperature=temperature)
     large = GPT.from_pretrained(folder)
     for block in large.h:               # the values times 2^15, and what follows divided by it: no other numbers
@@ -227,10 +216,10 @@ def test_settings_out_of_range_are_refused(temperature, top_p):
 # --------------------------------------------------------------------------------------------------- device and type
 
 @pytest.mark.parametrize("device, gpu, expected, words", [
-    ("auto", {"capability": (7, 5)}, "cuda:0 float16", "no fast bfloat16"),
-    ("cuda", {"capability": (9, 0)}, "cuda:0 bfloat16", "TF32"), ("cuda:1", {"devices": 2}, "cuda:1 bfloat16", ""),
+    ("auto", {"capability": (7, 5)}, "cuda:0 float16", "this GPU has no fast bfloat16"),
+    ("cuda:1", {"capability": (9, 0), "devices": 2}, "cuda:1 bfloat16", "this GPU has fast bfloat16"),
     ("auto", {"capability": (13, 0)}, "cuda:0 bfloat16", ""),           # from compute_120
-    ("auto", {"capability": (7, 0)}, "cpu ", "no kernels for the GPU here, of compute capability 7.0"),
+    ("auto", {"capability": (7, 0)}, "cpu ", "this cpu"),               # this PyTorch has no kernels for it
     ("auto", {"capability": (9, 4), "architectures": "gfx90a gfx942"}, "cuda:0 bfloat16", "")], ids=str)      # ROCm
 def test_a_gpu_is_chosen_with_its_type_and_the_reason(device, gpu, expected, words, monkeypatch):
     """On PyTorch's own Python: only the calls into CUDA are played."""
@@ -255,10 +244,10 @@ def test_a_gpu_is_chosen_with_its_type_and_the_reason(device, gpu, expected, wor
 
 @pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)])
 def test_on_a_cpu_bfloat16_is_chosen_where_it_is_fast(amx, avx512, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert choose_device("cpu")[:2] == (torch.device("cpu"), torch.bfloat16 if amx or avx512 else torch.float32)
     assert choose_device("cpu", "float16")[1:] == (torch.float16, "--dtype float16")
-    for device in ("cuda:99", "cuda:", "foo", "cpu:1", "cuda:-1"):
+    for device in "cuda:99", "cuda:", "foo", "cuda:-1":
         with pytest.raises(UsageError, match=f"--device {device}"):
             choose_device(device)
