@@ -292,10 +292,12 @@ def choose_device(device="auto", dtype="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and gpu_has_kernels() else "cpu"
     try:
-        device = torch.empty(0, device=device).device                   # cuda becomes cuda:0
+        found = torch.empty(0, device=device).device                    # cuda becomes cuda:0
     except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {device}: PyTorch finds no such device here") from None
-    gpu, native = device.type == "cuda", False
+        found = None
+    if found is None or found.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
+    device, gpu, native = found, found.type == "cuda", False
     if gpu:
         torch.cuda.set_device(device)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -303,7 +305,8 @@ def choose_device(device="auto", dtype="auto"):
         # TF32 for the float32 product of `logits`; not, as is cuDNN's default, where float32 is asked for.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "float32"
     elif device.type == "cpu":                                          # without these, 16 bits are slower than 32
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # older PyTorch has not all of them
+        native = any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
     if dtype != "auto":
         return device, getattr(torch, dtype), f"--dtype {dtype}"
     dtype = torch.bfloat16 if native else torch.float16 if gpu else torch.float32
@@ -349,6 +352,8 @@ def read_config(path, dropout=0.0):
             raise ValueError(f"{key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
     sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
     config = GPTConfig(**{key: raw[key] for key in sizes if key in raw}, dropout=dropout)
+    if config.n_layer > 1000:                           # building them would take all memory
+        raise ValueError(f"n_layer is {config.n_layer}, expected at most 1,000")
     if raw.get("eos_token_id") in range(config.vocab_size):             # else the vocabulary's last token
         config.eos_token_id = raw["eos_token_id"]
     return config
@@ -419,8 +424,11 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:                       # torch.save makes one of a full disk, and of Ctrl-C
-        raise error.__context__ or error
+    except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of a full disk, and of Ctrl-C
+        cause = error.__context__ or error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+        raise OSError(f"cannot write {path}: {cause}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
