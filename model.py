@@ -10,7 +10,6 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 import json
 import math
 import os
-import pickle
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -373,11 +372,11 @@ def weight_files(folder):
 
 def load_tensors(path):
     """torch.load of tensors, numbers and text alone: any other pickle could run a stranger's code, and is refused."""
-    with reading(path):
+    with open(path, "rb") as file:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:          # its own text advises to switch the check off
-            raise ValueError("it is broken, or holds more than plain tensors") from None
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:              # of many kinds; torch's own text advises to switch the check off
+            raise ValueError(f"{path} is broken or holds more than plain tensors ({type(error).__name__})") from None
 
 
 # GPT-2's attention and MLP layers are `Conv1D`: stored (in, out), where nn.Linear keeps (out, in).
