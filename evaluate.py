@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 
-from data import (cache_folder, checkpoint_folder, clean_turn, encode_pairs, load_tokenizer, make_pairs, query_key,
+from data import (checkpoint_folder, clean_turn, encode_pairs, load_tokenizer, make_pairs, query_key,
                   read_dialogues, read_json, take_fraction, word_ids)
 from model import GPT, UsageError, choose_device, evaluation, load_tensors, reading, write_safetensors, write_text
 from prompt_encoder import METHODS, PromptedGPT, group_by_length
 
 # ----------------------------------------------------------------------------------------------------------- metrics
-# Lists of strings in, a float out. Down to METRICS the standard library is enough: paste them anywhere.
+# Lists of strings in, a float out. Down to `score` the standard library is enough: paste them anywhere.
 
 
 def tokenize(text):
@@ -181,7 +181,7 @@ def all_metrics(outputs, references, training_responses, mean_loss=None):
 
 
 def score(outputs, pairs, seen, training_responses, losses=None):
-    """Outputs for the test pairs, be they a run's, the dictionary's or a human's -> {"test": M, "test_unseen": M}.
+    """Outputs for the test pairs, of a run, the dictionary or humans -> {"test": metrics, "test_unseen": metrics}.
 
     seen: for each pair, whether its query is a training query. losses: as `Run.losses` gives them.
     """
@@ -425,7 +425,7 @@ def mean_std(values, digits):
 
 
 def metric_cells(seeds):
-    """The M of each seed -> {title: cell} for every metric."""
+    """The metrics of each seed -> {title: cell}."""
     titles = {name: COLUMNS.get(name, (name, 3)) for name in seeds[0] if name != "n"}
     return {title: mean_std([m[name] for m in seeds], digits) for name, (title, digits) in titles.items()}
 

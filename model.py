@@ -52,15 +52,15 @@ class Attention(nn.Module):
         """x (B, T, C) -> y (B, T, C), and the keys and values, each (B, H, P + T, D), of all that could be read.
 
         past: keys and values, each (B, H, P, D), of what stands before the row: every position may read them.
-        mask: True where a position may be read, (B or 1, 1, T, P + T): elsewhere the score becomes -inf, which softmax
-        turns into 0. None: every position reads the past, itself, and what stands before it in the row.
+        mask: True where a position may be read, (B, 1, T, P + T) or what broadcasts to it: elsewhere the score becomes
+        -inf, which softmax turns into 0. None: every position reads the past, itself, and what stands before it.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))    # (B, T, C) -> (B, H, T, D)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
-            if mask is None:            # `is_causal` would let row 0 read position 0 alone; here it reads P + 1 of them
+            if mask is None:            # P = 2, T = 3: xxx.. / xxxx. / xxxxx; `is_causal` would be x.... / xx... / xxx..
                 P = k.size(2) - T
                 mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,

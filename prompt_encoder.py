@@ -290,7 +290,8 @@ METHODS = {"finetune": FineTuning, "embeddings": EmbeddingTuning, "soft": SoftPr
 class Batch:
     """Rows of [prompt ; query ; response], figure 1 of Valvoda et al. 2022, without gaps and padded on the right, so
     that causal attention needs no mask. Two examples, ([5, 6], [7, 8]) and ([9], [4]), behind prompts as long as the
-    queries; in the rows, 0 keeps a place for each prompt embedding, and fills the end of what is shorter:
+    queries; in the rows, 0 keeps a place for each prompt embedding, and fills the end of what is shorter (it is a
+    token's id, too: "!", but nobody reads it here):
 
         rows  0 0 5 6 7 8       is_prompt  1 1 0 0 0 0      queries  5 6        mask  1 1
               0 9 4 0 0 0                  1 0 0 0 0 0               9 0              1 0
@@ -302,7 +303,7 @@ class Batch:
     queries: torch.Tensor               # (B, M) int64
     mask: torch.Tensor                  # (B, M) bool: True on a query's own tokens
     label_positions: torch.Tensor       # (N,) int64: where labels are predicted, counted through all rows (b * T + t)
-    labels: torch.Tensor                # (N,) int64: the response tokens (transformers' labels without the -100)
+    labels: torch.Tensor                # (N,) int64: the response tokens
     lengths: list                       # B ints: prompt, query and response of each row
 
 
@@ -380,7 +381,7 @@ class PromptedGPT(nn.Module):
 
     def train(self, mode=True):
         """Dropout acts where weights are trained: a GPT with frozen blocks is a fixed function, in training, too. (With
-        dropout in it, the GPT learns to do without the prompt.)"""
+        dropout in it, training found no use for the prompt: another query's did as well.)"""
         super().train(mode)
         self.gpt.train(mode and self.encoder.trains_gpt)
         return self
@@ -404,7 +405,7 @@ class PromptedGPT(nn.Module):
 
     def prompt(self, batch):
         """Batch -> what the encoder writes for its queries; it sees no token of a response."""
-        queries = self.gpt.wte(batch.queries) * batch.mask[..., None]               # (B, M, C)
+        queries = self.gpt.wte(batch.queries) * batch.mask[..., None]               # (B, M, C), padding is 0
         if self.encoder.reads_hidden_states:
             queries, _ = self.gpt.hidden_states(queries)
         return self.encoder(queries, batch.mask)

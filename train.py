@@ -114,8 +114,8 @@ def check_padding(model, method, examples):
 
 
 def merit(scores, select):
-    """What the best epoch, or trial, has the most of: validation BLEU4, then a low loss; or the other way round. Epoch 0
-    is a baseline: any other is better."""
+    """What the best epoch, or trial, has the most of: validation BLEU4, then a low loss; or the other way round. Any
+    other is better than epoch 0, the baseline."""
     trained, loss, bleu4 = scores["epoch"] > 0, -scores["val_loss"], scores["val_bleu4"]
     return (trained, bleu4, loss) if select == "bleu4" else (trained, loss, bleu4)
 
