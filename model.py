@@ -330,12 +330,12 @@ def to_device(tensor, device):
 
 @contextmanager
 def reading(path):
-    """Whatever goes wrong while a file is read becomes one sentence that names it, a ValueError; OSErrors stay."""
+    """Whatever goes wrong while a file is read becomes one sentence that names it: an OSError, or else a ValueError."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
         raise ValueError(f"{path} is not what was expected: {reason}"[:600]) from error
 
