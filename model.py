@@ -104,7 +104,12 @@ def init_weights(module):
 
 
 class GPT(nn.Module):
-    """GPT-2, with the output layer tied to the word embeddings: wte is its first and its last matrix."""
+    """GPT-2, with the output layer tied to the word embeddings: wte is its first and its last matrix.
+
+    >>> gpt = GPT.from_pretrained("tiny/tiny-gpt2")
+    >>> gpt(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 4096])
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -168,9 +173,11 @@ class GPT(nn.Module):
         (B, T, _), device = x.shape, x.device
         P = past[0][0].size(2) if past else 0
         eot = self.config.eot if eot is None else eot
-        if min(lengths) == 0 or P + max(lengths) + max_new_tokens > self.config.n_positions:
-            raise ValueError(f"queries of {min(lengths)} to {max(lengths)} tokens, a prompt of {P}, answers of "
-                             f"{max_new_tokens}: expected 1 or more, and at most {self.config.n_positions} in all")
+        if min(lengths) == 0:
+            raise ValueError(f"query {lengths.index(0)} has no tokens, expected at least one")
+        if P + max(lengths) + max_new_tokens > self.config.n_positions:
+            raise ValueError(f"prompt, query and answer need {P + max(lengths) + max_new_tokens} positions, "
+                             f"but the model's n_positions is {self.config.n_positions}")
         suppressed = to_device(torch.tensor(list(suppress_tokens), dtype=torch.int64), device)
         ends = to_device(torch.tensor(lengths), device)
         answers, rows = [[] for _ in lengths], list(range(B))           # rows: those that have not ended

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from conftest import ROOT
 from data import make_pairs, query_key, read_dialogues, read_json, take_fraction
-from evaluate import corpus_bleu, diversity, markdown, mean_std, novelty
+from evaluate import COLORS, corpus_bleu, diversity, markdown, mean_std, novelty
 from train import train
 
 METHODS = {"finetune": {"method": "finetune", "dropout": 0.0}, "soft": {"method": "soft"},
@@ -110,17 +110,19 @@ def draw(found, file):
     for row, metric in zip(panels, ("bleu4", "novelty")):
         row[0].set_ylabel(metric)
         for panel, (title, points) in zip(row, columns):
-            panel.set_xlabel(title)
+            panel.set(xticks=list(points), xlabel=title if metric == "novelty" else "")
             panel.grid(alpha=0.3)
             for name, part in itertools.product(METHODS, ("seen", "unseen")):
                 results = [found.get((name, *setting)) for setting in points.values()]
                 if all(results):
                     values = [[seed[f"{metric} {part}"] for seed in seeds] for seeds in results]
-                    color = f"C{list(METHODS).index(name)}"
+                    color = COLORS.get(name, "black")
                     panel.plot(list(points), [*map(statistics.mean, values)], "-o" if part == "seen" else ":o",
                                color=color, label=f"{name}, {part}")
                     panel.fill_between(list(points), [*map(min, values)], [*map(max, values)], color=color, alpha=0.1)
-    panels[0, 0].legend()
+    figure.suptitle("A miniature of DailyDialog: 200 test pairs, whose queries training has seen (solid) or not (dotted); "
+                    "means and ranges over seeds")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=100)
 
 
