@@ -41,7 +41,14 @@ class PromptEncoder(nn.Module):
         """config: a GPTConfig. word_embeddings: wte's weight (V, C), to start from; it is not kept. prompt_length: k
         (None: the default). max_query: the longest query, in tokens. layers: depth of `DynamicPrompt`."""
         super().__init__()
-        self.k, self.max_query = prompt_length or self.default_length, max_query
+        self.given_length, self.max_query = prompt_length or self.default_length, max_query
+
+    @property
+    def k(self):
+        """The length of a fixed prompt."""
+        if self.given_length is None:
+            raise ValueError(f"{type(self).__name__} asks for its prompt's length k, but has no default_length")
+        return self.given_length
 
     def prompt_length(self, m):
         """How many prompt embeddings stand before a query of m tokens: to be overridden where there are any."""

@@ -95,22 +95,30 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
 
 def check_padding(model, method, examples):
     """Raise ValueError where a method breaks the rule in `PromptEncoder.forward`: a query's prompt is the same alone
-    and beside a longer one, and as long as `prompt_length` says. A table of results cannot show it."""
-    short, long = min(examples, key=lambda e: len(e[0])), max(examples, key=lambda e: len(e[0]))
-    name, k = type(model.encoder).__name__, model.encoder.prompt_length(len(short[0]))
-    with evaluation(model), model.autocast():
-        alone, beside = (model.prompt(model.batch(rows)) for rows in ([short], [short, long]))
-    if model.encoder.writes_past:
-        alone, beside = (torch.stack([torch.stack(layer)[:, :1] for layer in past]) for past in (alone, beside))
-    elif alone.size(1) != k:
-        raise ValueError(f"--method {method}: {name}.forward wrote {alone.size(1)} prompt embeddings for a query of "
-                         f"{len(short[0])} tokens, but prompt_length promises {k}")
-    else:
-        beside = beside[:1, :k]
+    and beside longer ones, and as long as promised. A table of results cannot show it."""
+    encoder, longest = model.encoder, max((query for query, _ in examples), key=len)
+    pairs = [(longest[:m], []) for m in (len(longest), 1, len(longest) // 2 + 1)]
+    forward = f"--method {method}: what {type(encoder).__name__}.forward writes for a query"
+
+    def written(pairs):
+        batch = model.batch(pairs)
+        prompt, promised = model.prompt(batch), encoder.prompt_length(batch.queries.size(1))
+        if encoder.writes_past:                         # each (B, H, k, D) -> (B, k, 2LH, D)
+            prompt = torch.cat([t for keys_values in prompt for t in keys_values], dim=1).transpose(1, 2)
+            promised += encoder.k
+        if prompt.size(1) != promised or encoder.writes_past and promised != encoder.k:
+            raise ValueError(f"{forward} of {batch.queries.size(1)} tokens is {prompt.size(1)} vectors long, but "
+                             f"prompt_length (for keys and values: k, and prompt_length 0) promises {promised}")
+        return prompt
+
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if alone.numel() and (alone - beside).abs().max() > tolerance * alone.abs().max():
-        raise ValueError(f"--method {method}: what {name}.forward writes for a query depends on the padding behind it "
-                         f"or on its neighbours in the batch, expected neither: read nothing where mask is False")
+    with evaluation(model), model.autocast():
+        for pair, beside in zip(pairs, written(pairs)):
+            alone = written([pair])[0]
+            difference, size = (alone - beside[:len(alone)]).abs(), alone.abs()
+            if alone.numel() and not difference.max() <= tolerance * size.max():        # nor is NaN
+                raise ValueError(f"{forward} depends on the padding behind it or on its neighbours in the batch, "
+                                 f"expected neither: read nothing where mask is False")
 
 
 def merit(scores, select):

@@ -252,8 +252,8 @@ def test_an_encoder_can_be_built_and_called_alone(method):
     """From a config and word embeddings; it writes what it says."""
     encoder = METHODS[method](GPTConfig(**SIZES), torch.randn(VOCAB, WIDTH))
     prompt = encoder(torch.randn(2, 7, WIDTH), torch.ones(2, 7, dtype=torch.bool))
-    assert encoder.k == encoder.default_length and encoder.max_query == 128
-    embeddings, past = [(2, encoder.prompt_length(7), WIDTH)], [(2, 4, encoder.k, WIDTH // 4)] * 2 * LAYERS
+    assert encoder.given_length == encoder.default_length and encoder.max_query == 128
+    embeddings, past = [(2, encoder.prompt_length(7), WIDTH)], [(2, 4, encoder.given_length, WIDTH // 4)] * 2 * LAYERS
     assert [t.shape for t in flat(prompt)] == (past if encoder.writes_past else embeddings)
 
 

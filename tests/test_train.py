@@ -431,13 +431,23 @@ def test_bad_data_and_checkpoints(tmp_path, file, content, word):
     (PromptEncoder, lambda self, queries, mask: queries.mean(dim=1, keepdim=True), "padding"),
     (PromptEncoder, lambda self, queries, mask: queries[:, :1] - queries[:, :1].mean(dim=0), "neighbours"),
     (DialogPrompt, lambda self, hidden, mask: DialogPrompt.forward(self, hidden, torch.ones_like(mask)), "mask"),
-    (PromptEncoder, lambda self, queries, mask: queries[:, :2], "prompt_length")])
+    (PromptEncoder, lambda self, queries, mask: queries[:, :2], "prompt_length"),
+    (PromptEncoder, lambda self, queries, mask: queries.cumsum(dim=0)[:, :1], "neighbours"),
+    (DialogPrompt, lambda self, hidden, mask: [(keys[:, :, :9], values[:, :, :9]) for keys, values in
+                                               DialogPrompt.forward(self, hidden, mask)], "prompt_length")])
 def test_a_method_that_breaks_the_rule_is_named_before_it_is_trained(tmp_path, monkeypatch, base, forward, word):
     """Its prompt depends on padding or neighbours, or its length is not as promised. (METHODS were trained above.)"""
     length = lambda self, m: 0 if self.writes_past else 1                       # noqa: E731
     monkeypatch.setitem(METHODS, "mine", type("Mine", (base,), {"forward": forward, "prompt_length": length}))
     failed(start("mine", "--train-embeddings", "--out", tmp_path / "run"), 1, "--method mine", "Mine.forward", word)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fixed_prompt_needs_a_length(tmp_path, monkeypatch):
+    methods = {"forward": lambda self, queries, mask: queries.new_zeros(len(queries), self.k, 32),
+               "prompt_length": lambda self, m: self.k}
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (PromptEncoder,), methods))
+    failed(start("mine", "--train-embeddings", "--out", tmp_path / "run"), 1, "Mine", "default_length")
 
 
 # -------------------------------------------------------------- 16 bits, torch.compile, several processes, and a GPU
