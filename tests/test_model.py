@@ -170,7 +170,8 @@ def test_the_whole_room_of_n_positions_can_be_used_and_no_more(writer):
     model, _, gpt, queries, _ = writer
     assert gpt.generate(queries[:3], 24, eot=-1) == [greedy(model, query, 24, None) for query in queries[:3]]
     assert gpt.generate(queries[:3], 0) == [[], [], []] and gpt.generate([]) == []
-    for wrong, words in (queries[:3], "n_positions is 84"), ([[1, 2], []], "0 to 2"), ([1, 2, 3], "list of token lists"):
+    for wrong, words in ((queries[:3], "n_positions is 84"), ([[1, 2], []], "query 1 has no tokens"),
+                         ([1, 2, 3], "list of token lists")):
         with pytest.raises(ValueError, match=words):
             gpt.generate(wrong, 25, eot=-1)
 
