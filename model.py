@@ -60,7 +60,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))    # (B, T, C) -> (B, H, T, D)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
-            if mask is None:            # P = 2, T = 3: xxx.. / xxxx. / xxxxx; `is_causal` would be x.... / xx... / xxx..
+            if mask is None:            # P = 2, T = 3: xxx.. / xxxx. / xxxxx; `is_causal`: x.... / xx... / xxx..
                 P = k.size(2) - T
                 mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,

@@ -94,7 +94,8 @@ def table(found):
     for (name, leak, fraction, epochs), seeds in found.items():
         if epochs == EPOCHS[-1]:
             cells = {what: mean_std([seed[what] for seed in seeds if not isnan(seed[what])], 3) for what in MEASURED}
-            rows.append({"training pairs": f"{400 * fraction:.0f}{'' if leak else ', no leak'}", "method": name, **cells})
+            trained_on = f"{400 * fraction:.0f}{'' if leak else ', no leak'}"
+            rows.append({"training pairs": trained_on, "method": name, **cells})
     return markdown(sorted(rows, key=lambda row: row["training pairs"], reverse=True)) + "\n"
 
 
@@ -120,8 +121,8 @@ def draw(found, file):
                     panel.plot(list(points), [*map(statistics.mean, values)], "-o" if part == "seen" else ":o",
                                color=color, label=f"{name}, {part}")
                     panel.fill_between(list(points), [*map(min, values)], [*map(max, values)], color=color, alpha=0.1)
-    figure.suptitle("A miniature of DailyDialog: 200 test pairs, whose queries training has seen (solid) or not (dotted); "
-                    "means and ranges over seeds")
+    figure.suptitle("A miniature of DailyDialog: 200 test pairs, whose queries training has seen (solid) or not (dotted);"
+                    " means and ranges over seeds")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=100)
 
