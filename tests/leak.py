@@ -121,7 +121,7 @@ def draw(found, file):
                     panel.plot(list(points), [*map(statistics.mean, values)], "-o" if part == "seen" else ":o",
                                color=color, label=f"{name}, {part}")
                     panel.fill_between(list(points), [*map(min, values)], [*map(max, values)], color=color, alpha=0.1)
-    figure.suptitle("Miniature of DailyDialog: 200 test pairs, whose queries training has seen (solid) or not (dotted); "
+    figure.suptitle("Miniature of DailyDialog: 200 test pairs, queries seen (solid) and unseen (dotted) in training; "
                     "means and ranges over seeds")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=100)
