@@ -4,12 +4,11 @@
     python tests/leak.py --data dailydialog --null      score a fake that understands nothing, on all test pairs
 
 Of DailyDialog's test queries 31% are training queries, too. The miniature, 400 short training pairs and 200 test pairs,
-keeps this share, and each method learns it by heart; the control has the same test pairs and none of their queries in
-training. What has been trained is not trained again; `--seeds 0` does a part.
+keeps this share, and is trained on for up to 20 epochs; the control has the same test pairs and none of their queries
+in training. What has been trained is not trained again; `--seeds 0` does a part.
 """
 import argparse
 import itertools
-import json
 import random
 import statistics
 from math import isnan, log, nan
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from conftest import ROOT
 from data import make_pairs, query_key, read_dialogues, read_json, take_fraction
-from evaluate import COLORS, corpus_bleu, diversity, markdown, mean_std, novelty
+from evaluate import COLORS, corpus_bleu, diversity, markdown, mean_std, novelty, read_lines
 from train import train
 
 METHODS = {"finetune": {"method": "finetune", "dropout": 0.0}, "soft": {"method": "soft"},
@@ -64,8 +63,7 @@ def measure(folder):
     """A finished run -> {name: value} for MEASURED; without the leak no test query is seen."""
     results = read_json(folder / "results.json")
     everything, unseen = results["test"], results["test_unseen"]
-    lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
-    seen = [line for line in lines if line["seen"]]
+    seen = [line for line in read_lines(folder / "generations.jsonl") if line["seen"]]
     novel = everything["novelty"] * everything["n"] - unseen["novelty"] * unseen["n"]
     return {"loss": log(everything["perplexity"]), "swap": results["swap"],
             "bleu4 seen": corpus_bleu(*zip(*[(line["response"], line["reference"]) for line in seen])) if seen else nan,
