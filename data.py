@@ -221,15 +221,10 @@ class Tokenizer(tiktoken.Encoding):
 
     def encode_ordinary(self, text):
         """A text -> its token ids. Special tokens that stand in it are plain text."""
-        if not self.added_words:
-            return super().encode_ordinary(text)
-        longest_first = sorted(self.added_words, key=len, reverse=True)         # `New York` is found before `New`
+        words = sorted(self.added_words, key=len, reverse=True)         # `New York` is found before `New`
         ids = []
-        for piece in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
-            if piece in self.added_words:
-                ids.append(self.added_words[piece])
-            else:
-                ids += super().encode_ordinary(piece)
+        for piece in re.split(f"({'|'.join(map(re.escape, words))})", text) if words else [text]:
+            ids += [self.added_words[piece]] if piece in self.added_words else super().encode_ordinary(piece)
         return ids
 
 

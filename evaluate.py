@@ -685,16 +685,12 @@ def run_command(main):
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not re.search("memory|CUDA|cuDNN|NCCL", text):
+            raise                                       # a bug
         if isinstance(error, FileNotFoundError) and error.filename:
             text = f"{error.filename} is missing"
-        if isinstance(error, RuntimeError):
-            if "memory" in text:
-                advice = "out of memory: lower --batch-size or --max-query, or choose a smaller --model"
-            elif re.search("CUDA|cuDNN|NCCL", text):
-                advice = "the GPU failed: try --device cpu, which says more exactly what is wrong"
-            else:
-                raise                                   # a bug
-            text = f"{advice} ({text:.200})"
+        elif isinstance(error, RuntimeError):
+            text = f"out of memory, or a GPU that failed: a smaller --batch-size or --device cpu may help ({text:.200})"
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 

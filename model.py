@@ -210,25 +210,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder, dropout=0.0):
         """Load a folder in Hugging Face's layout: config.json, and model.safetensors or pytorch_model.bin, whole or in
         shards -> GPT, float32, in evaluation mode. Raises OSError or ValueError, in a sentence that names the file."""
-        folder, weights = Path(folder), {}
+        folder = Path(folder)
         with reading(folder / "config.json"), torch.device("meta"):     # shapes only: no memory, no random numbers
             gpt = cls(read_config(folder / "config.json", dropout))
-        for path in weight_files(folder):
-            tensors = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
-            with reading(path):
-                for name in list(tensors):
-                    tensor = tensors.pop(name)                                  # so memory holds each weight once
-                    name = re.sub(r"^.*?\b(wte|wpe|ln_f|lm_head|h\.\d+)\.", r"\1.", name)     # transformer.h.0. -> h.0.
-                    name = re.sub(r"^lm_head\.(decoder\.)?", "wte.", name)      # tied: it is the word embeddings
-                    if name.endswith((".attn.bias", ".attn.masked_bias")):      # old files hold the causal mask, too
-                        continue
-                    if tensor.untyped_storage().nbytes() < tensor.nbytes:
-                        raise ValueError(f"{name} has fewer numbers than its shape")
-                    tensor = (tensor.t() if name.endswith(CONV1D) else tensor).float().contiguous()
-                    if not tensor.sum().isfinite():
-                        raise ValueError(f"{name} holds NaN or infinite numbers")
-                    if not torch.equal(weights.setdefault(name, tensor), tensor):
-                        raise ValueError(f"two different tensors for {name}; GPT-2's lm_head is tied to wte")
+        weights = read_weights(folder)
         with reading(folder):
             gpt.load_state_dict(weights, assign=True)
         return gpt.eval()
@@ -298,12 +283,11 @@ def choose_device(device="auto", dtype="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and gpu_has_kernels() else "cpu"
     try:
-        found = torch.empty(0, device=device).device                    # cuda becomes cuda:0
+        device = torch.empty(0, device=device).device                   # cuda becomes cuda:0
     except (RuntimeError, AssertionError):
-        found = None
-    if found is None or found.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or mps")
-    device, gpu, native = found, found.type == "cuda", False
+        raise UsageError(f"--device {device}: PyTorch finds no such device here, expected cpu, cuda, cuda:1 ... or "
+                         f"mps") from None
+    gpu, native = device.type == "cuda", False
     if gpu:
         torch.cuda.set_device(device)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -363,6 +347,28 @@ def read_config(path, dropout=0.0):
     if raw.get("eos_token_id") in range(config.vocab_size):             # else the vocabulary's last token
         config.eos_token_id = raw["eos_token_id"]
     return config
+
+
+def read_weights(folder):
+    """A checkpoint's weights by this model's names, float32, Conv1D's transposed."""
+    weights = {}
+    for path in weight_files(folder):
+        tensors = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
+        with reading(path):
+            for name in list(tensors):
+                tensor = tensors.pop(name)                                  # so memory holds each weight once
+                name = re.sub(r"^.*?\b(wte|wpe|ln_f|lm_head|h\.\d+)\.", r"\1.", name)     # transformer.h.0. -> h.0.
+                name = re.sub(r"^lm_head\.(decoder\.)?", "wte.", name)      # tied: it is the word embeddings
+                if name.endswith((".attn.bias", ".attn.masked_bias")):      # old files hold the causal mask, too
+                    continue
+                if tensor.untyped_storage().nbytes() < tensor.nbytes:
+                    raise ValueError(f"{name} has fewer numbers than its shape")
+                tensor = (tensor.t() if name.endswith(CONV1D) else tensor).float().contiguous()
+                if not tensor.sum().isfinite():
+                    raise ValueError(f"{name} holds NaN or infinite numbers")
+                if not torch.equal(weights.setdefault(name, tensor), tensor):
+                    raise ValueError(f"two different tensors for {name}; GPT-2's lm_head is tied to wte")
+    return weights
 
 
 def weight_files(folder):

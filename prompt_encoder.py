@@ -25,8 +25,8 @@ from model import Block, evaluation, init_weights, to_device, token_rows
 # ------------------------------------------------------------------------------------------------ the prompt encoders
 
 class PromptEncoder(nn.Module):
-    """What all methods have in common. A new one must override `forward` and, where it writes prompt embeddings,
-    `prompt_length`; the settings below as they differ; and it enters METHODS."""
+    """What all methods have in common; by itself, no prompt. A new one overrides `forward`, `prompt_length` where it
+    writes prompt embeddings, and the settings below where they differ; and it enters METHODS."""
 
     trains_gpt = False              # whether the GPT's blocks are trained, too
     trains_embeddings = False       # whether the GPT's word embeddings wte, tied to the output layer, are trained, too
@@ -41,17 +41,10 @@ class PromptEncoder(nn.Module):
         """config: a GPTConfig. word_embeddings: wte's weight (V, C), to start from; it is not kept. prompt_length: k
         (None: the default). max_query: the longest query, in tokens. layers: depth of `DynamicPrompt`."""
         super().__init__()
-        self.given_length, self.max_query = prompt_length or self.default_length, max_query
-
-    @property
-    def k(self):
-        """The length of a fixed prompt."""
-        if self.given_length is None:
-            raise ValueError(f"{type(self).__name__} asks for its prompt's length k, but has no default_length")
-        return self.given_length
+        self.k, self.max_query = prompt_length or self.default_length, max_query
 
     def prompt_length(self, m):
-        """How many prompt embeddings stand before a query of m tokens: to be overridden where there are any."""
+        """How many prompt embeddings stand before a query of m tokens."""
         return 0
 
     def forward(self, queries, mask):
@@ -62,7 +55,7 @@ class PromptEncoder(nn.Module):
         What is written for a query must depend neither on the padding behind it nor on its neighbours in the batch:
         read nothing where `mask` is False. Padding stands on the right; padded on the left, a query's prompt is wrong.
         """
-        raise NotImplementedError
+        return queries[:, :0]                                                       # (B, 0, C)
 
 
 class FineTuning(PromptEncoder):
@@ -72,16 +65,10 @@ class FineTuning(PromptEncoder):
     """
     trains_gpt, trains_embeddings, learning_rate, dropout, flags = True, True, 3e-4, 0.1, ("dropout",)
 
-    def forward(self, queries, mask):
-        return queries[:, :0]                                                       # (B, 0, C)
-
 
 class EmbeddingTuning(PromptEncoder):
     """No prompt either: wte alone is trained. By how much `soft` and `dynamic` are better, their prompts have added."""
     trains_embeddings, learning_rate = True, 5e-4
-
-    def forward(self, queries, mask):
-        return queries[:, :0]                                                       # (B, 0, C)
 
 
 class PromptTuning(PromptEncoder):
@@ -324,17 +311,15 @@ def make_batch(examples, prompt_length):
     def pad(rows):
         return pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
 
-    lengths = [(prompt_length(len(query)), len(query), len(response)) for query, response in examples]
-    queries = pad([query for query, _ in examples])
-    rows = pad([[0] * k + [*query, *response] for (k, _, _), (query, response) in zip(lengths, examples)])
-    T, positions, labels = rows.size(1), [], []
-    for b, ((k, m, r), (_, response)) in enumerate(zip(lengths, examples)):
-        positions += range(b * T + k + m - 1, b * T + k + m + r - 1)            # one before each response token
-        labels += response
-    prompts, sizes, _ = torch.tensor(lengths).T[:, :, None]                     # (B, 1) each
-    return Batch(rows=rows, is_prompt=torch.arange(T) < prompts, queries=queries,
-                 mask=torch.arange(queries.size(1)) < sizes, label_positions=torch.tensor(positions, dtype=torch.int64),
-                 labels=torch.tensor(labels, dtype=torch.int64), lengths=[sum(parts) for parts in lengths])
+    queries = pad([query for query, _ in examples])                                                 # (B, M)
+    rows = pad([[0] * prompt_length(len(query)) + [*query, *response] for query, response in examples])     # (B, T)
+    lengths = torch.tensor([(prompt_length(len(query)), len(query), len(response)) for query, response in examples])
+    k, m, r = lengths.T[:, :, None]                                             # (B, 1) each
+    t = torch.arange(rows.size(1))
+    predicting = (t >= k + m - 1) & (t < k + m - 1 + r)                         # (B, T): one place before its token
+    positions = predicting.flatten().nonzero().squeeze(1)                       # (N,)
+    return Batch(rows=rows, is_prompt=t < k, queries=queries, mask=t[:queries.size(1)] < m, label_positions=positions,
+                 labels=rows.flatten()[positions + 1], lengths=lengths.sum(dim=1).tolist())
 
 
 def group_by_length(lengths, batch_size, seed=None):
@@ -410,23 +395,22 @@ class PromptedGPT(nn.Module):
         batch = make_batch(examples, self.encoder.prompt_length)
         return Batch(*(to_device(t, self.device) if torch.is_tensor(t) else t for t in vars(batch).values()))
 
-    def prompt(self, batch):
-        """Batch -> what the encoder writes for its queries; it sees no token of a response."""
-        queries = self.gpt.wte(batch.queries) * batch.mask[..., None]               # (B, M, C), padding is 0
+    def prompt(self, batch, swapped=False):
+        """Batch -> what the encoder writes for its queries, of which alone it knows; swapped: for the row before."""
+        queries, mask = batch.queries, batch.mask
+        if swapped:
+            queries, mask = queries.roll(1, dims=0), mask.roll(1, dims=0)
+        queries = self.gpt.wte(queries) * mask[..., None]                           # (B, M, C), padding is 0
         if self.encoder.reads_hidden_states:
             queries, _ = self.gpt.hidden_states(queries)
-        return self.encoder(queries, batch.mask)
+        return self.encoder(queries, mask)
 
     def embed(self, batch, swapped=False):
         """Batch -> the rows' input embeddings (B, T, C), and the prompt's keys and values, or None."""
-        prompt = self.prompt(batch)
+        prompt = self.prompt(batch, swapped)
         x = self.gpt.wte(batch.rows)                                                # (B, T, C)
         if self.encoder.writes_past:
-            if swapped:
-                prompt = [(keys.roll(1, 0), values.roll(1, 0)) for keys, values in prompt]
             return x, prompt
-        if swapped:
-            prompt = prompt.roll(1, 0)
         prompt = F.pad(prompt, (0, 0, 0, x.size(1) - prompt.size(1)))               # (B, T, C)
         return torch.where(batch.is_prompt[..., None], prompt, x), None             # [prompt ; query ; response]
 
@@ -460,12 +444,8 @@ class PromptedGPT(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained(self, tensors):
-        """Put back what `trained` gave. Raises ValueError if names or shapes differ."""
-        mine = self.trained()
-        wrong = sorted(mine.keys() ^ tensors.keys()) or [
-            name for name, p in mine.items() if getattr(tensors[name], "shape", None) != p.shape]
+        """Put back what `trained` gave. Raises ValueError or RuntimeError if names or shapes differ."""
+        wrong = sorted(self.trained().keys() ^ tensors.keys())
         if wrong:
             raise ValueError(f"the checkpoint is of another model: {', '.join(wrong[:5])} differ")
-        with torch.no_grad():
-            for name, p in mine.items():
-                p.copy_(tensors[name])
+        self.load_state_dict(tensors, strict=False)

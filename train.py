@@ -70,10 +70,8 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     for indices, rate, n in zip(batches, rates, tokens):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        share, weight = indices[rank::world], 1 / n                     # this process's
-        if not share:                   # a short last batch: as all must take part, a row that counts nothing
-            share, weight = indices[:1], 0
-        loss = model([examples[i] for i in share]).sum() * weight
+        mine = indices[rank::world] or indices[:1]      # where a short batch has none for this process, one that
+        loss = model([examples[i] for i in mine]).sum() / n * (rank < len(indices))         # counts nothing
         scaler.scale(loss * world).backward()           # DistributedDataParallel divides gradients by world
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -97,26 +95,23 @@ def check_padding(model, method, examples):
     """Raise ValueError where a method breaks the rule in `PromptEncoder.forward`: a query's prompt is the same alone
     and beside longer ones, and as long as promised. A table of results cannot show it."""
     encoder, longest = model.encoder, max((query for query, _ in examples), key=len)
-    pairs = [(longest[:m], []) for m in (len(longest), 1, len(longest) // 2 + 1)]
+    queries = [longest, longest[:1], longest[:len(longest) // 2 + 1]]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     forward = f"--method {method}: what {type(encoder).__name__}.forward writes for a query"
 
-    def written(pairs):
-        batch = model.batch(pairs)
-        prompt, promised = model.prompt(batch), encoder.prompt_length(batch.queries.size(1))
+    def prompts(queries):
+        written = model.prompt(model.batch([(query, []) for query in queries]))
         if encoder.writes_past:                         # each (B, H, k, D) -> (B, k, 2LH, D)
-            prompt = torch.cat([t for keys_values in prompt for t in keys_values], dim=1).transpose(1, 2)
-            promised += encoder.k
-        if prompt.size(1) != promised or encoder.writes_past and promised != encoder.k:
-            raise ValueError(f"{forward} of {batch.queries.size(1)} tokens is {prompt.size(1)} vectors long, but "
-                             f"prompt_length (for keys and values: k, and prompt_length 0) promises {promised}")
-        return prompt
+            written = torch.cat([t for layer in written for t in layer], dim=1).transpose(1, 2)
+        return written
 
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     with evaluation(model), model.autocast():
-        for pair, beside in zip(pairs, written(pairs)):
-            alone = written([pair])[0]
-            difference, size = (alone - beside[:len(alone)]).abs(), alone.abs()
-            if alone.numel() and not difference.max() <= tolerance * size.max():        # nor is NaN
+        for query, beside in zip(queries, prompts(queries)):
+            alone, promised = prompts([query])[0], encoder.prompt_length(len(query))
+            if len(alone) != (encoder.k if encoder.writes_past else promised) or encoder.writes_past and promised:
+                raise ValueError(f"{forward} of {len(query)} tokens has length {len(alone)}, but prompt_length (for "
+                                 f"keys and values: k, and prompt_length 0) promises another one")
+            if not (alone - beside[:len(alone)]).norm() <= tolerance * alone.norm():        # nor is NaN
                 raise ValueError(f"{forward} depends on the padding behind it or on its neighbours in the batch, "
                                  f"expected neither: read nothing where mask is False")
 

@@ -443,13 +443,6 @@ def test_a_method_that_breaks_the_rule_is_named_before_it_is_trained(tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fixed_prompt_needs_a_length(tmp_path, monkeypatch):
-    methods = {"forward": lambda self, queries, mask: queries.new_zeros(len(queries), self.k, 32),
-               "prompt_length": lambda self, m: self.k}
-    monkeypatch.setitem(METHODS, "mine", type("Mine", (PromptEncoder,), methods))
-    failed(start("mine", "--train-embeddings", "--out", tmp_path / "run"), 1, "Mine", "default_length")
-
-
 # -------------------------------------------------------------- 16 bits, torch.compile, several processes, and a GPU
 
 def test_16_bits_resume(tmp_path):
