@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str     # how GPT-2 splits a text into words
 
 TINY = Path(globals().get("__file__", "data.py")).resolve().parent / "tiny"       # pasted into a notebook, no file
 TIMEOUT = 20                    # seconds without a byte before a download counts as stalled
@@ -88,15 +89,14 @@ def read_split(name, split):
         for i in range(1, MULTIWOZ_FILES[part] + 1):
             file = f"{part}/dialogues_{i:03}.json"
             download(f"{MULTIWOZ}/{file}", folder / file)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, a folder or text file")
     if list(folder.glob("train/dialogues_*.json")):
         return parse_multiwoz(sorted(folder.glob(f"{part}/dialogues_*.json")))
-    if (folder / "train").is_dir():
-        path = folder / split / f"dialogues_{split}.txt"
-        return parse_text(path.read_bytes(), path, detokenize)
-    if folder.is_dir():
-        path = folder / f"{split}.txt"
-        return parse_text(path.read_bytes(), path)
-    raise FileNotFoundError(f"unknown data {name!r}: expected sample, dailydialog, multiwoz, a folder or text file")
+    path, clean = folder / f"{split}.txt", clean_turn
+    if (folder / "train").is_dir():                                 # DailyDialog's own layout
+        path, clean = folder / split / f"dialogues_{split}.txt", detokenize
+    return parse_text(path.read_bytes(), path, clean)
 
 
 def clean_turn(text):
@@ -208,16 +208,14 @@ def read_json(path):
         return dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
 
 
-# GPT-2's split into words, with possessive quantifiers, as tiktoken itself spells it
-SPLIT_INTO_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # what GPT-2's tokenizer does not do; where one does, its ids are others
 UNLIKE_GPT2 = ("normalizer", "add_prefix_space", "add_bos_token", "add_eos_token", "dropout", "ignore_merges",
                "end_of_word_suffix", "lstrip", "rstrip", "single_word")
 
 
 class Tokenizer(tiktoken.Encoding):
-    """GPT-2's tokenizer. `added_words`, {word: id}, are one token each, wherever they stand in a text."""
-    added_words = {}
+    """GPT-2's tokenizer. `added_words`, {word: id}, are one token each, wherever they stand in a text. `word_ids` are
+    those that may be generated: GPT-2's tokens, added words and <eot>, but no other special token."""
 
     def encode_ordinary(self, text):
         """A text -> its token ids. Special tokens that stand in it are plain text."""
@@ -226,11 +224,6 @@ class Tokenizer(tiktoken.Encoding):
         for piece in re.split(f"({'|'.join(map(re.escape, words))})", text) if words else [text]:
             ids += [self.added_words[piece]] if piece in self.added_words else super().encode_ordinary(piece)
         return ids
-
-
-def word_ids(tokenizer):
-    """The ids that may be generated besides <eot>: GPT-2's tokens and added words, but no other special token."""
-    return {*tokenizer._mergeable_ranks.values(), *tokenizer.added_words.values()}
 
 
 def load_tokenizer(folder):
@@ -262,15 +255,15 @@ def load_tokenizer(folder):
                 rank[parts[i], parts[i + 1]]            # a KeyError if GPT-2 would not make this token
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
         # GPT-2 writes bytes as printable characters: those that are printable as themselves, the others from 256 on.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        others = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
+        byte = {chr(256 + others.index(b) if b in others else b): b for b in range(256)}
         words = {*byte, *map("".join, merges)}          # whatever else stands in the vocabulary is a special token
-        tokenizer = Tokenizer(str(folder), pat_str=SPLIT_INTO_WORDS,
+        tokenizer = Tokenizer(str(folder), pat_str=r50k_pat_str,
                               mergeable_ranks={bytes(byte[c] for c in word): vocab[word] for word in words},
                               special_tokens={word: i for word, i in vocab.items() if word not in words})
         tokenizer.added_words = {token["content"]: token["id"] for token in added_words}
-        tokenizer.eot_token                             # a KeyError if the vocabulary has no <|endoftext|>
+        ids = [vocab[word] for word in words]
+        tokenizer.word_ids = {*ids, *tokenizer.added_words.values(), tokenizer.eot_token}       # a KeyError: no <eot>
     return tokenizer
 
 
@@ -279,17 +272,17 @@ def read_tokenizer(folder):
     def optional(name):
         return read_json(folder / name) if (folder / name).exists() else {}
 
-    config = {"config": optional("tokenizer_config.json")}
-    if (folder / "tokenizer.json").exists():
-        return read_json(folder / "tokenizer.json") | config
-    vocab, special = read_json(folder / "vocab.json"), json.dumps(optional("special_tokens_map.json"))
-    added = [{"content": word, "id": i, "special": json.dumps(word) in special}
-             for word, i in optional("added_tokens.json").items()]
-    with reading(folder / "merges.txt"):
-        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}} | config
+    settings = optional("tokenizer.json")
+    if not settings:
+        with reading(folder / "merges.txt"):
+            lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        special = json.dumps(optional("special_tokens_map.json"))
+        added = [{"content": word, "id": i, "special": json.dumps(word) in special}
+                 for word, i in optional("added_tokens.json").items()]
+        settings = {"model": {"vocab": read_json(folder / "vocab.json"), "merges": merges}, "added_tokens": added,
+                    "pre_tokenizer": {"type": "ByteLevel"}}
+    return settings | {"config": optional("tokenizer_config.json")}
 
 
 # --------------------------------------------------------------------------------------- downloads, checkpoints
@@ -330,8 +323,8 @@ def checkpoint_folder(name):
     get("config.json")
     if get("tokenizer.json", "vocab.json").name == "vocab.json":
         get("merges.txt")
-    names = ("model.safetensors", "pytorch_model.bin")
-    weights = get(*names, *(f"{name}.index.json" for name in names))
+    weights = get("model.safetensors", "pytorch_model.bin",
+                  "model.safetensors.index.json", "pytorch_model.bin.index.json")
     if weights.suffix == ".json":                       # in shards
         for shard in sorted(set(read_json(weights)["weight_map"].values())):
             get(Path(shard).name)
@@ -375,8 +368,7 @@ def download(url, path, sha256=None):
             digest.update(chunk)
     for answer in (*response.history, response):        # the redirection to the store of large files announces it
         etag = answer.headers.get("X-Linked-Etag", "").strip('"')
-        if len(etag) == 64:
-            sha256 = sha256 or etag
+        sha256 = sha256 or (etag if len(etag) == 64 else None)
     if sha256 and sha256 != digest.hexdigest():
         part.unlink()
         raise OSError(f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: deleted, please try again")

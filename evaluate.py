@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from data import (checkpoint_folder, clean_turn, encode_pairs, load_tokenizer, make_pairs, query_key,
-                  read_dialogues, read_json, take_fraction, word_ids)
+from data import (cache_folder, checkpoint_folder, clean_turn, encode_pairs, load_tokenizer, make_pairs, query_key,
+                  read_dialogues, read_json, take_fraction)
 from model import GPT, UsageError, choose_device, evaluation, load_tensors, reading, write_safetensors, write_text
 from prompt_encoder import METHODS, PromptedGPT, group_by_length
 
@@ -89,22 +89,21 @@ def corpus_nist(outputs, references, n=5):
     An n-gram's information is log2(count of its first n - 1 words / its own count), over all references.
     """
     pairs, counts, score = token_pairs(outputs, references), Counter(), 0.0
+    words, length = sum(len(reference) for _, reference in pairs), sum(len(output) for output, _ in pairs)
+    counts[()] = words                                  # what stands before a single word
     for _, reference in pairs:
         for order in range(1, n + 1):
             counts.update(ngrams(reference, order))
-    words, length = sum(len(reference) for _, reference in pairs), sum(len(output) for output, _ in pairs)
     for order in range(1, n + 1):
         gain = total = 0
         for output, reference in pairs:
             found = ngrams(output, order)
             total += found.total()
-            gain += sum(count * math.log2((counts[gram[:-1]] if order > 1 else words) / counts[gram])
+            gain += sum(count * math.log2(counts[gram[:-1]] / counts[gram])
                         for gram, count in (found & ngrams(reference, order)).items())
-        if total == 0:
+        if total == 0 or words == 0:
             return 0.0
         score += gain / total
-    if words == 0:
-        return 0.0
     ratio = length / words                              # the penalty is 1/2 where outputs are 2/3 as long as references
     return score * (math.exp(math.log(0.5) / math.log(1.5) ** 2 * math.log(ratio) ** 2) if ratio < 1 else 1.0)
 
@@ -153,9 +152,7 @@ def distinct(outputs, n):
     >>> distinct(["so so good"], 1)
     0.6666666666666666
     """
-    counts = Counter()
-    for output in as_list(outputs):                     # `sum` would copy all that is counted so far for each output
-        counts.update(ngrams(tokenize(output), n))
+    counts = Counter(gram for output in as_list(outputs) for gram in ngrams(tokenize(output), n).elements())
     return len(counts) / max(1, counts.total())
 
 
@@ -194,13 +191,6 @@ def score(outputs, pairs, seen, training_responses, losses=None):
 
 # ------------------------------------------------------------------------------------------------------------- a run
 
-def sha256(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
 @dataclass
 class Splits:
     """What a run trains and is tested on, as text and as token ids, and which test queries the training set has."""
@@ -224,7 +214,7 @@ def load_splits(config, tokenizer):
                              f"--pairs {config['pairs']})")
     limits = config["max_query"], config["max_response"]
     examples = {split: encode_pairs(part, tokenizer, *limits) for split, part in pairs.items()}
-    fingerprint = sha256(json.dumps([dialogues, examples]).encode())
+    fingerprint = hashlib.sha256(json.dumps([dialogues, examples]).encode()).hexdigest()
     if config.get("dialogues", fingerprint) != fingerprint:
         raise ValueError(f"{data}: the dialogues or the tokenizer have changed since this run began, so its results "
                          f"would be of other data; put the old ones back, or train again")
@@ -243,22 +233,25 @@ class Run:
     def __init__(self, config, device, dtype):
         self.config, folder = config, checkpoint_folder(config["model"])
         self.tokenizer, gpt = load_tokenizer(folder), GPT.from_pretrained(folder, config["dropout"])
-        words, V = word_ids(self.tokenizer) | {self.tokenizer.eot_token}, gpt.config.vocab_size
+        words, V = self.tokenizer.word_ids, gpt.config.vocab_size
         vocabulary = repr([self.tokenizer.decode_single_token_bytes(i) for i in sorted(words)])
-        self.weights = sha256(vocabulary.encode(), *(tensor.numpy() for tensor in gpt.state_dict().values()))
+        digest = hashlib.sha256(vocabulary.encode())
+        for tensor in gpt.state_dict().values():
+            digest.update(tensor.numpy())
+        self.weights = digest.hexdigest()
         if config.get("weights", self.weights) != self.weights:
             raise ValueError(f"{folder}: the weights or the vocabulary have changed since this run began, so its "
                              f"results would be of another model; put the old ones back, or train again")
-        # With other code, an old run's scores may be others.
-        self.code = sha256(*(Path(__file__).with_name(file).read_bytes() for file in ("model.py", "prompt_encoder.py")))
+        code = [Path(__file__).with_name(file).read_bytes() for file in ("model.py", "prompt_encoder.py")]
+        self.code = hashlib.sha256(b"".join(code)).hexdigest()      # with another, an old run's scores may be others
         gpt.config.eos_token_id = self.tokenizer.eot_token
         if max(words) >= V:
             raise ValueError(f"{folder}: the tokenizer has ids up to {max(words)}, but config.json says vocab_size {V}")
         self.suppress_tokens = [i for i in range(V) if i not in words]          # rows of wte that stand for no word
         query, response = config["max_query"], max(config["max_response"], config["max_new_tokens"])
-        layers, init = config["controller_layers"] or 2, config["controller_init"]
-        self.model = PromptedGPT(gpt, config["method"], config["prompt_length"], query, layers, init,
-                                 config["train_embeddings"], dtype)
+        layers = config["controller_layers"] or 2
+        self.model = PromptedGPT(gpt, config["method"], config["prompt_length"], query, layers,
+                                 config["controller_init"], config["train_embeddings"], dtype)
         encoder = self.model.encoder
         prompt = encoder.k if encoder.writes_past else encoder.prompt_length(query)     # keys take positions, too
         if prompt + query + response > gpt.config.n_positions:
@@ -303,8 +296,7 @@ class Run:
     def losses(self, examples):
         """For each example, in order, the summed cross-entropy of its response, and the response's number of tokens.
         Raises FloatingPointError for a loss that is NaN or infinite."""
-        losses = {}
-        groups = group_by_length([self.row_length(example) for example in examples], self.batch_size)
+        losses, groups = {}, group_by_length(list(map(self.row_length, examples)), self.batch_size)
         with evaluation(self.model), self.model.autocast():     # around all batches: trained weights are cast once
             found = [self.model([examples[i] for i in indices]) for indices in groups]
         for indices, batch in zip(groups, found):
@@ -320,8 +312,8 @@ class Run:
         queries of equal length; exactly 0 where the prompt does not depend on the query. None where no two are equally
         long."""
         groups, size = defaultdict(list), self.batch_size
-        for query, response in examples:
-            groups[len(query)].append((query, response))
+        for example in examples:
+            groups[len(example[0])].append(example)
         batches = [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
         batches = [batch for batch in batches if len(batch) > 1]
         if not batches:
@@ -360,15 +352,8 @@ class Run:
 
 def load_run(folder, device="auto", dtype="auto", model=None, data=None):
     """A run's folder -> its Run, with the weights of its best epoch. dtype auto: as the run was trained. model, data:
-    where these are now, if they have moved.
-
-    >>> run = load_run("runs/sample-tiny-dialogpt-dynamic-1.0-s0")      # doctest: +SKIP
-    >>> run.reply("Do you like music?")                                 # doctest: +SKIP
-    "I do, but I'm not very good at it."
-    """
-    path = Path(folder) / "best.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: expected the folder of a run whose first epoch has ended")
+    where these are now, if they have moved."""
+    path = Path(folder) / "best.pt"                     # there once the first epoch has ended
     best = load_tensors(path)
     with reading(path):
         trained, config = best.pop("trained"), best["config"]
@@ -448,8 +433,9 @@ def report(*runs, examples=()):
 
 
 def grouped_runs(path):
-    """Finished runs below a folder, links followed -> [(config, label, [results of each seed]), ...]. Runs that differ
-    in the seed alone are one group; its label says in what it differs from others of its method, data and model."""
+    """Finished runs below a folder, links followed -> {(data, title): [(config, label, [results of each seed]), ...]}.
+    Runs that differ in the seed alone are one group; its label says in what it differs from others of its method, data
+    and model."""
     files = glob.glob(f"{glob.escape(str(path))}/**/results.json", recursive=True)
     if not files:
         raise FileNotFoundError(f"{path} holds no finished run (no results.json below it)")
@@ -461,14 +447,15 @@ def grouped_runs(path):
         key = json.dumps({k: v for k, v in config.items() if k not in ("seed", "dialogues")}, sort_keys=True)
         _, seeds = groups.setdefault(key, (config, {}))
         seeds.setdefault(config["seed"], read_json(file))               # a copy of a run is no new seed
-    order, found = ("data", "model", "turns", "pairs", "fraction"), []
-    for config, seeds in groups.values():
+    order, tables = ("data", "model", "turns", "pairs", "fraction"), defaultdict(list)
+    for config, seeds in sorted(groups.values(), key=lambda group: (
+            *(group[0][k] for k in order), list(METHODS).index(group[0]["method"]))):
         others = [c for c, _ in groups.values() if all(c[k] == config[k] for k in ("method", "data", "model"))]
         differing = [k for k in config if k not in ("seed", "dialogues", "fraction", "turns", "pairs")
                      and any(c.get(k) != config[k] for c in others)]
         label = ", ".join([config["method"], *(f"{k.replace('_', ' ')} {str(config[k])[:12]}" for k in differing)])
-        found.append((config, label, list(seeds.values())))
-    return sorted(found, key=lambda group: [*(group[0][k] for k in order), list(METHODS).index(group[0]["method"])])
+        tables[config["data"], data_and_model(config)].append((config, label, list(seeds.values())))
+    return tables
 
 
 def data_and_model(config):
@@ -482,27 +469,23 @@ def table(path):
     """Runs below a folder -> Markdown, a table for each data set and model: the loss per token, the swap test, the
     metrics on all test pairs, and BLEU4 on the unseen ones; mean ± standard deviation over seeds. Then what needs no
     model."""
-    def row(fraction, label, n, results, losses=(), swaps=()):
+    def row(fraction, label, n, results):
         cells = metric_cells([r["test"] for r in results])
         del cells["PPL"]                                    # the loss says the same, in the swap test's unit
-        return {"Data": fraction, "Method": label, "Seeds": n, "Loss": mean_std(losses, 3), "Swap": mean_std(swaps, 3),
-                **cells, "BLEU4 unseen": mean_std([r["test_unseen"]["bleu4"] for r in results], 3)}
+        losses = [math.log(r["test"]["perplexity"]) for r in results if r["test"]["perplexity"]]
+        return {"Data": fraction, "Method": label, "Seeds": n, "Loss": mean_std(losses, 3),
+                "Swap": mean_std([r.get("swap") for r in results], 3), **cells,
+                "BLEU4 unseen": mean_std([r["test_unseen"]["bleu4"] for r in results], 3)}
 
-    tables, text = defaultdict(list), []
-    for config, label, results in grouped_runs(path):
-        tables[config["data"], data_and_model(config)].append((config, label, results))
+    tables, text = grouped_runs(path), []
     for (data, name), groups in tables.items():
-        rows = []
-        for config, label, results in groups:
-            losses = [math.log(r["test"]["perplexity"]) for r in results if r["test"]["n"]]
-            rows.append(row(f"{100 * config['fraction']:g}%", label, len(results), results, losses,
-                            [r["swap"] for r in results]))
+        rows = [row(f"{100 * config['fraction']:g}%", label, len(seeds), seeds) for config, label, seeds in groups]
+        config, _, (counts, *_) = groups[0]
         with contextlib.suppress(OSError, ValueError):                  # the data may have moved since
             for system, results in baselines(data, config["turns"], config["pairs"] == "sliding").items():
                 rows.append(row("100%", system, "-", [results]))
         if sum(name == other for _, other in tables) > 1:
             name = f"{Path(data).parent}/{name}"
-        counts = groups[0][2][0]
         text.append(f"**{name}: {counts['test']['n']:,} test pairs, {counts['test_unseen']['n']:,} of them unseen**\n\n"
                     f"{markdown(rows)}\n")
     return "\n".join(text)
@@ -521,27 +504,27 @@ def compare(paths, queries=None, device="auto", dtype="auto"):
         asked = list(filter(None, map(clean_turn, Path(queries).read_text(encoding="utf-8-sig").split("\n"))))
         if not asked:
             raise ValueError(f"{queries} has no query in it, expected one in each line")
-        answers = {path: list(map(load_run(path, device, dtype).reply, asked)) for path in paths}
+        answers = [list(map(load_run(path, device, dtype).reply, asked)) for path in paths]
     else:
-        lines = {path: read_lines(path / "generations.jsonl") for path in paths}
-        pairs = {path: [(line["query"], line["reference"]) for line in lines[path]] for path in paths}
-        for path in paths:
-            if pairs[path] != pairs[paths[0]]:
+        tests, answers = [read_lines(path / "generations.jsonl") for path in paths], []
+        step = math.ceil(len(tests[0]) / 10) or 1
+        for path, lines in zip(paths, tests):
+            if [(e["query"], e["reference"]) for e in lines] != [(e["query"], e["reference"]) for e in tests[0]]:
                 raise UsageError(f"{path} was not tested on the same pairs as {paths[0]}: ask them the lines of a "
                                  f"file, --queries FILE")
-        step = math.ceil(len(lines[paths[0]]) / 10) or 1
-        asked = [" / ".join(query) for query, _ in pairs[paths[0]][::step]]
-        answers = {path: [line["response"] for line in lines[path][::step]] for path in paths}
-    rows = [{"query": query} | {str(path): answers[path][i] for path in paths} for i, query in enumerate(asked)]
+            answers.append([line["response"] for line in lines[::step]])
+        asked = [" / ".join(line["query"]) for line in tests[0][::step]]
+    rows = [dict(zip(["query", *map(str, paths)], row)) for row in zip(asked, *answers)]
     return markdown(rows, words=1 + len(paths))
 
 
 @torch.no_grad()
-def explain(run, query, queries):
+def explain(folder, query, **options):
     """Look inside a prompt -> text: the words nearest to each of its vectors (`dynamic`, say), the reply, and the reply
-    behind the prompts of three other queries, token lists that are at least as long."""
+    behind the prompts of three other queries of the test set that are at least as long. options: of `load_run`."""
+    run, lines = load_run(folder, **options), []
     model, decode, ids = run.model, run.tokenizer.decode, run.encode_query(query)
-    lines = []
+    queries = [run.encode_query(line["query"]) for line in read_lines(folder / "generations.jsonl")]
     if not model.encoder.writes_past:
         prompt = model.prompt(model.batch([(ids, [])]))[0]                                      # (k, C)
         words = torch.nn.functional.normalize(model.gpt.wte.weight, dim=-1)                     # by angle
@@ -593,27 +576,25 @@ def plot_curves(folder):
 def plot_runs(path):
     """Figure 2 of Valvoda et al.: BLEU4, novelty and diversity over the training fraction, a row of panels for each
     data set and model, a line for each method -> figure2.png. Bars are standard deviations over seeds."""
-    rows = defaultdict(lambda: defaultdict(list))
-    for config, label, results in grouped_runs(path):
-        n, unseen = results[0]["test"]["n"], results[0]["test_unseen"]["n"]
-        if unseen:                                      # without unseen pairs, their metrics are null
-            title = (f"{data_and_model(config)}: {n:,} test pairs (solid), {unseen:,} of them unseen (dotted); "
-                     f"bars: standard deviation over seeds")
-            rows[title][label, config["method"]].append((config["fraction"], results))
-    if not rows:
+    tables = [(title, groups) for (_, title), groups in grouped_runs(path).items()
+              if groups[0][2][0]["test_unseen"]["n"]]   # without unseen pairs, their metrics are null
+    if not tables:
         raise ValueError(f"{path} has no run with unseen test pairs, so there is nothing to draw")
-    figure = new_figure(13, 4 * len(rows))
-    for (title, lines), part in zip(rows.items(), figure.subfigures(len(rows), squeeze=False)[:, 0]):
-        part.suptitle(title, parse_math=False)
-        panels = part.subplots(1, 3)
+    figure = new_figure(13, 4 * len(tables))
+    for (title, groups), part in zip(tables, figure.subfigures(len(tables), squeeze=False)[:, 0]):
+        n, unseen = (groups[0][2][0][test]["n"] for test in ("test", "test_unseen"))
+        part.suptitle(f"{title}: {n:,} test pairs (solid), {unseen:,} of them unseen (dotted); "
+                      f"bars: standard deviation over seeds", parse_math=False)
+        lines, panels = defaultdict(list), part.subplots(1, 3)
+        for config, label, results in groups:
+            lines[label, COLORS[config["method"]]].append((100 * config["fraction"], results))
         for panel, metric in zip(panels, ("bleu4", "novelty", "diversity")):
-            for marker, ((label, method), points) in zip("osD^vPX*<>" * len(lines), sorted(lines.items())):
+            for marker, ((label, color), points) in zip("osD^vPX*<>" * len(lines), sorted(lines.items())):
                 for test, style, fill, name in ("test", "-", "full", label), ("test_unseen", ":", "none", None):
                     values = [[r[test][metric] for r in results] for _, results in points]
                     spread = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in values]
-                    panel.errorbar([100 * x for x, _ in points], list(map(statistics.fmean, values)), spread,
-                                   label=name, color=COLORS[method], linestyle=style, marker=marker, fillstyle=fill,
-                                   markersize=5, capsize=3)
+                    panel.errorbar([x for x, _ in points], list(map(statistics.fmean, values)), spread, label=name,
+                                   color=color, linestyle=style, marker=marker, fillstyle=fill, markersize=5, capsize=3)
             panel.set(title=COLUMNS[metric][0], xlabel="training data (%)", xlim=(0, 105), ylim=(0, None))
             panel.grid(alpha=0.3)
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -621,11 +602,12 @@ def plot_runs(path):
     return Path(path) / "figure2.png"
 
 
-def chat(run, temperature, top_p):
+def chat(folder, temperature=0.0, top_p=1.0, **options):
     """Talk to a run: it reads the last N turns, as it was trained to. An empty line begins a new dialogue."""
     with contextlib.suppress(ImportError):
         import readline                                 # noqa: F401: it gives `input` arrow keys and a history
-    method, turns = run.config["method"], []
+    run, turns = load_run(folder, **options), []
+    method = run.config["method"]
     print(f"{method} reads the last {run.config['turns']} turn(s). An empty line begins a new dialogue, Ctrl-D ends.")
     sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -638,15 +620,14 @@ def chat(run, temperature, top_p):
     print()
 
 
-def export(run, target):
+def export(folder, target, **options):
     """Write a finetune run as a checkpoint for transformers, one of prompt-tuning, p-tuning or prefix for peft."""
+    run = load_run(folder, "cpu", "float32", **options)
     method, model, source = run.config["method"], run.model, checkpoint_folder(run.config["model"])
     kinds = {"finetune": None, "prompt-tuning": "PROMPT_TUNING", "p-tuning": "P_TUNING", "prefix": "PREFIX_TUNING"}
-    if method not in kinds:
-        raise UsageError(f"a {method} prompt has no form that transformers or peft could load; --export takes runs of "
-                         f"{', '.join(kinds)}")
-    if method != "finetune" and model.gpt.wte.weight.requires_grad:
-        raise UsageError("an adapter holds a prompt alone, but this run trained the word embeddings, too")
+    if method not in kinds or method != "finetune" and model.gpt.wte.weight.requires_grad:
+        raise UsageError(f"this {method} run has no form that transformers or peft could load: --export takes runs of "
+                         f"{', '.join(kinds)}, and an adapter for peft cannot hold word embeddings that were trained")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty, expected a new folder")
     target.mkdir(parents=True, exist_ok=True)
@@ -685,20 +666,23 @@ def run_command(main):
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not re.search("memory|CUDA|cuDNN|NCCL", text):
-            raise                                       # a bug
+        if str(cache_folder()) in text and "delete it" not in text:
+            text += "; if it is a broken file, delete it, and it is downloaded again"
         if isinstance(error, FileNotFoundError) and error.filename:
             text = f"{error.filename} is missing"
-        elif isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError):
+            if not re.search("memory|CUDA|cuDNN|NCCL", text):
+                raise                                   # a bug
             text = f"out of memory, or a GPU that failed: a smaller --batch-size or --device cpu may help ({text:.200})"
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                            argument_default=argparse.SUPPRESS)         # so that `given` holds what was given alone
     add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("paths", type=Path, nargs="*", metavar="RUN", help="a run's folder, or (--table, --plot) one above")
+    add("paths", type=Path, nargs="*", metavar="RUN", default=[], help="a run's folder, or (--table, --plot) one above")
     modes.add_argument("--chat", action="store_true", help="talk to the run")
     modes.add_argument("--explain", metavar="QUERY", help="what the prompt for this query looks like, and does")
     modes.add_argument("--export", type=Path, metavar="FOLDER", help="write the run as a checkpoint or an adapter")
@@ -709,57 +693,53 @@ def main():
     add("--data", help="with --lookup: as in train.py (default: sample); else where a run's dialogues are now")
     add("--model", help="where a run's model is now, if it has moved")
     add("--queries", type=Path, metavar="FILE", help="with --compare: ask the runs the lines of this file")
-    add("--overwrite", action="store_true", default=None, help="replace results.json though the code has changed")
+    add("--overwrite", action="store_true", help="replace results.json though the code has changed")
     add("--temperature", type=float, help="with --chat: 0 is greedy (default), 1 samples from the model's distribution")
     add("--top-p", type=float, help="with --chat: sample from this share of the probability (default: 1)")
     add("--device", help="auto (default), cpu, cuda, cuda:1 ... or mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the products (default: as in training)")
-    args = parser.parse_args()
-    names = ("chat", "explain", "export", "compare", "table", "plot", "lookup")
-    mode = next((name for name in names if getattr(args, name)), "scoring")
-    useful = {"data": ("scoring", "lookup"), "model": ("scoring", "chat", "explain", "export"),
-              "queries": ("compare",), "overwrite": ("scoring",), "temperature": ("chat",), "top_p": ("chat",),
-              "device": ("scoring", "chat", "explain", "compare"), "dtype": ("scoring", "chat", "explain", "compare")}
-    for flag, having in useful.items():
-        if getattr(args, flag) is not None and mode not in having:
-            parser.error(f"--{flag.replace('_', '-')} has no use here, it is for {', '.join(having)}")
-    if not 0 <= (args.temperature or 0) < math.inf or not 0 <= (args.top_p or 0) <= 1:
-        parser.error(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and a share")
-    if mode == "compare" and not args.paths or mode != "compare" and len(args.paths) != (mode != "lookup"):
-        parser.error(f"{len(args.paths)} folders are given, expected {'none' if mode == 'lookup' else 'a run'}")
-    path, device, dtype = Path(*args.paths[:1]), args.device or "auto", args.dtype or "auto"
-    if mode == "lookup":
-        print(report(*({"method": name, **found} for name, found in baselines(args.data or "sample").items())))
-    elif mode == "table":
-        print(table(path))
-    elif mode == "plot":
-        print("wrote", plot_curves(path) if (path / "best.pt").exists() else plot_runs(path))
-    elif mode == "compare":
-        print(compare(args.paths, args.queries, device, dtype))
-    elif mode == "export":
-        export(load_run(path, "cpu", "float32", args.model), args.export)
-    elif mode == "chat":
-        temperature, top_p = args.temperature or 0.0, 1.0 if args.top_p is None else args.top_p
-        chat(load_run(path, device, dtype, args.model), temperature, top_p)
+    given = vars(parser.parse_args())
+    useful = {"chat": ("model", "device", "dtype", "temperature", "top_p"), "explain": ("model", "device", "dtype"),
+              "export": ("model",), "compare": ("device", "dtype", "queries"), "table": (), "plot": (),
+              "lookup": ("data",), "scoring": ("model", "device", "dtype", "data", "overwrite")}
+    paths, mode = given.pop("paths"), next((name for name in useful if name in given), "scoring")
+    value = given.pop(mode, None)
+    for flag in given.keys() - useful[mode]:
+        parser.error(f"--{flag.replace('_', '-')} has no use in {mode}")
+    expected = {"lookup": 0, "compare": max(1, len(paths))}.get(mode, 1)
+    if len(paths) != expected:
+        parser.error(f"{len(paths)} folders are given, expected {expected}")
+    if mode == "chat":
+        chat(*paths, **given)
     elif mode == "explain":
-        run = load_run(path, device, dtype, args.model)
-        queries = [run.encode_query(line["query"]) for line in read_lines(path / "generations.jsonl")]
-        print(explain(run, args.explain, queries))
+        print(explain(*paths, value, **given))
+    elif mode == "export":
+        export(*paths, value, **given)
+    elif mode == "compare":
+        print(compare(paths, **given))
+    elif mode == "table":
+        print(table(*paths))
+    elif mode == "plot":
+        print("wrote", plot_curves(*paths) if (paths[0] / "best.pt").exists() else plot_runs(*paths))
+    elif mode == "lookup":
+        found = baselines(given.get("data", "sample"))
+        print(report(*({"method": name, **results} for name, results in found.items())))
     else:
-        rescore(load_run(path, device, dtype, args.model, args.data), path, args.overwrite)
+        rescore(*paths, **given)
 
 
-def rescore(run, path, overwrite):
+def rescore(folder, overwrite=False, **options):
     """Score a run on its test set again, print the table, and only then replace what it wrote before."""
+    run = load_run(folder, **options)
     results, generations = run.test(load_splits(run.config, run.tokenizer), run.best)
     print(report(results))
-    if not (path / "results.json").exists():            # a run that can be resumed must not come to look finished
+    if not (folder / "results.json").exists():          # a run that can be resumed must not come to look finished
         print("\nThe run is unfinished: nothing was written.")
-    elif read_json(path / "config.json").get("code") != run.code and not overwrite:
+    elif read_json(folder / "config.json").get("code") != run.code and not overwrite:
         print("\nmodel.py or prompt_encoder.py has changed since this run began, so these may be another model's "
               "scores: nothing was written (--overwrite replaces results.json).")
     else:
-        run.write_results(path, results, generations)
+        run.write_results(folder, results, generations)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ class GPTConfig:
     n_head: int = 12
     n_inner: int | None = None              # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
-    eos_token_id: int | None = None         # <|endoftext|>; None: the vocabulary's last token
+    eos_token_id: int | None = None         # <|endoftext|>; None, or what is no token: the vocabulary's last one
     dropout: float = 0.0                    # in training only: on embeddings, attention and residual branches
 
-    @property
-    def eot(self):
-        return self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
+    def __post_init__(self):
+        if self.eos_token_id not in range(self.vocab_size):
+            self.eos_token_id = self.vocab_size - 1
 
 
 class Attention(nn.Module):
@@ -172,7 +172,7 @@ class GPT(nn.Module):
         list of B numbers), and a `past` as in `hidden_states`, or None."""
         (B, T, _), device = x.shape, x.device
         P = past[0][0].size(2) if past else 0
-        eot = self.config.eot if eot is None else eot
+        eot = self.config.eos_token_id if eot is None else eot
         if min(lengths) == 0:
             raise ValueError(f"query {lengths.index(0)} has no tokens, expected at least one")
         if P + max(lengths) + max_new_tokens > self.config.n_positions:
@@ -187,10 +187,11 @@ class GPT(nn.Module):
         readable = torch.arange(-P, T, device=device) < ends[:, None]                           # (B, P + T)
         for n in range(1, max_new_tokens + 1):
             logits = self.logits(hidden[:, 0]).index_fill(1, suppressed, -math.inf)             # (B, V)
-            tokens = sample_next_token(logits, **options)                                       # (B,)
+            finite = logits.amax(dim=1).isfinite()                      # the maximum of a row with NaN is NaN
+            tokens = sample_next_token(logits, **options).where(finite, -1)                     # (B,)
             alive = []
             for i, token in enumerate(tokens.tolist()):                 # a GPU is waited for here, and nowhere else
-                if token == NOT_FINITE:
+                if token == -1:
                     raise FloatingPointError("the logits are NaN or infinite; float16 overflows early: try float32")
                 if token != eot:
                     answers[rows[i]].append(token)
@@ -223,7 +224,7 @@ class GPT(nn.Module):
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         config = vars(c) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": c.n_positions,
-                            "activation_function": "gelu_new", "bos_token_id": c.eot, "eos_token_id": c.eot}
+                            "activation_function": "gelu_new", "bos_token_id": c.eos_token_id}
         write_safetensors(folder / "model.safetensors", {
             f"transformer.{name}": (t.t() if name.endswith(CONV1D) else t).to(dtype)
             for name, t in self.state_dict().items()})
@@ -242,30 +243,25 @@ def token_rows(queries):
 def evaluation(module):
     """Evaluation mode for a while: no dropout, no gradients."""
     was_training = module.training
-    module.eval()
     try:
         with torch.no_grad():
-            yield
+            yield module.eval()
     finally:
         module.train(was_training)
 
 
-NOT_FINITE = -100               # the "token" of logits that are NaN or infinite
-
-
 def sample_next_token(logits, temperature=0.0, top_p=1.0):
-    """Logits (B, V) -> the next token of each row (B,); NOT_FINITE where they are NaN or infinite. temperature 0 takes
-    the likeliest; else one is drawn from the smallest set that holds top_p of the probability."""
+    """Logits (B, V) -> the next token of each row (B,). temperature 0 takes the likeliest; else one is drawn from the
+    smallest set that holds top_p of the probability."""
     if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
-        raise ValueError(f"temperature {temperature} and top_p {top_p}, expected 0 or more, and a number from 0 to 1")
-    finite = logits.amax(dim=-1).isfinite()             # the maximum of a row with NaN is NaN
+        raise UsageError(f"temperature {temperature} and top_p {top_p}, expected 0 or more, and a number from 0 to 1")
     if temperature < 1e-6:                              # 0, or so little that to divide by it would overflow
-        return logits.argmax(dim=-1).where(finite, NOT_FINITE)
-    logits = logits.where(finite[:, None], 0.0)         # a GPU stops the whole program at NaN probabilities
-    probs, ids = F.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+        return logits.argmax(dim=-1)
+    probs = F.softmax(logits / temperature, dim=-1).nan_to_num()        # a GPU stops the whole program at NaN
+    probs, ids = probs.sort(dim=-1, descending=True)
     probs[probs.cumsum(dim=-1) - probs >= top_p] = 0            # what stands before a token already fills the nucleus
     probs[:, 0] += (probs[:, 0] == 0)                           # top_p 0 leaves the likeliest
-    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1).where(finite, NOT_FINITE)
+    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
 
 
 # --------------------------------------------------------------------------------------------------- device and type
@@ -340,12 +336,9 @@ def read_config(path, dropout=0.0):
     for key, value in plain.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{key} is {raw[key]!r}, expected plain GPT-2's {value!r}")
-    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
-    config = GPTConfig(**{key: raw[key] for key in sizes if key in raw}, dropout=dropout)
+    config = GPTConfig(**{key: raw[key] for key in vars(GPTConfig()) if key in raw} | {"dropout": dropout})
     if config.n_layer > 1000:                           # building them would take all memory
         raise ValueError(f"n_layer is {config.n_layer}, expected at most 1,000")
-    if raw.get("eos_token_id") in range(config.vocab_size):             # else the vocabulary's last token
-        config.eos_token_id = raw["eos_token_id"]
     return config
 
 

@@ -26,7 +26,7 @@ from model import Block, evaluation, init_weights, to_device, token_rows
 
 class PromptEncoder(nn.Module):
     """What all methods have in common; by itself, no prompt. A new one overrides `forward`, `prompt_length` where it
-    writes prompt embeddings, and the settings below where they differ; and it enters METHODS."""
+    writes other than k prompt embeddings, and the settings below where they differ; and it enters METHODS."""
 
     trains_gpt = False              # whether the GPT's blocks are trained, too
     trains_embeddings = False       # whether the GPT's word embeddings wte, tied to the output layer, are trained, too
@@ -44,8 +44,8 @@ class PromptEncoder(nn.Module):
         self.k, self.max_query = prompt_length or self.default_length, max_query
 
     def prompt_length(self, m):
-        """How many prompt embeddings stand before a query of m tokens."""
-        return 0
+        """How many prompt embeddings stand before a query of m tokens: k, where the method has one."""
+        return self.k if self.default_length and not self.writes_past else 0
 
     def forward(self, queries, mask):
         """Query embeddings (B, M, C), zero behind each query's end, and mask (B, M), True up to there -> prompt
@@ -81,9 +81,6 @@ class PromptTuning(PromptEncoder):
     def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
         self.table = nn.Parameter(torch.randn(self.k, config.n_embd) * 0.02)
-
-    def prompt_length(self, m):
-        return self.k
 
     def forward(self, queries, mask):
         return self.table.expand(len(queries), -1, -1)                              # (B, k, C)
@@ -123,9 +120,6 @@ class PTuning(PromptEncoder):
         self.table = nn.Parameter(torch.randn(self.k, C) * 0.02)
         self.lstm = nn.LSTM(C, C // 2, num_layers=2, bidirectional=True, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(C // 2 * 2, C), nn.ReLU(), nn.Linear(C, C))
-
-    def prompt_length(self, m):
-        return self.k
 
     def forward(self, queries, mask):
         with torch.autocast(queries.device.type, enabled=False):    # many CPUs have no LSTM in 16 bits
@@ -362,7 +356,7 @@ class PromptedGPT(nn.Module):
         encoder = METHODS[method]
         self.gpt, self.dtype = gpt, dtype
         self.encoder = encoder(gpt.config, gpt.wte.weight.detach(), prompt_length, max_query, controller_layers)
-        if "controller_init" in encoder.flags and controller_init == "gpt":
+        if controller_init == "gpt":
             self.encoder.start_from(gpt)
         gpt.requires_grad_(encoder.trains_gpt)
         gpt.wte.requires_grad_(encoder.trains_embeddings if train_embeddings is None else train_embeddings)
@@ -388,10 +382,9 @@ class PromptedGPT(nn.Module):
     def batch(self, examples):
         """[(query ids, response ids), ...] -> Batch, on the model's device. It is laid out on the CPU, where lengths
         are known, so that nothing waits for a GPU. Raises ValueError for a query without tokens, or with too many."""
-        sizes = [len(query) for query, _ in examples] or [0]
-        if not 0 < min(sizes) <= max(sizes) <= self.encoder.max_query:
-            raise ValueError(f"a query has {min(sizes) and max(sizes)} tokens, expected 1 to {self.encoder.max_query} "
-                             f"(max_query)")
+        for query, _ in examples:
+            if not 0 < len(query) <= self.encoder.max_query:
+                raise ValueError(f"a query has {len(query)} tokens, expected 1 to {self.encoder.max_query} (max_query)")
         batch = make_batch(examples, self.encoder.prompt_length)
         return Batch(*(to_device(t, self.device) if torch.is_tensor(t) else t for t in vars(batch).values()))
 
@@ -444,8 +437,6 @@ class PromptedGPT(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained(self, tensors):
-        """Put back what `trained` gave. Raises ValueError or RuntimeError if names or shapes differ."""
-        wrong = sorted(self.trained().keys() ^ tensors.keys())
-        if wrong:
-            raise ValueError(f"the checkpoint is of another model: {', '.join(wrong[:5])} differ")
-        self.load_state_dict(tensors, strict=False)
+        """Put back what `trained` gave. Raises RuntimeError if names or shapes differ."""
+        frozen = {name: p for name, p in self.named_parameters() if not p.requires_grad}
+        self.load_state_dict(frozen | tensors)

@@ -97,7 +97,6 @@ def check_padding(model, method, examples):
     encoder, longest = model.encoder, max((query for query, _ in examples), key=len)
     queries = [longest, longest[:1], longest[:len(longest) // 2 + 1]]
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    forward = f"--method {method}: what {type(encoder).__name__}.forward writes for a query"
 
     def prompts(queries):
         written = model.prompt(model.batch([(query, []) for query in queries]))
@@ -107,13 +106,13 @@ def check_padding(model, method, examples):
 
     with evaluation(model), model.autocast():
         for query, beside in zip(queries, prompts(queries)):
-            alone, promised = prompts([query])[0], encoder.prompt_length(len(query))
+            alone, promised, wrong = prompts([query])[0], encoder.prompt_length(len(query)), None
             if len(alone) != (encoder.k if encoder.writes_past else promised) or encoder.writes_past and promised:
-                raise ValueError(f"{forward} of {len(query)} tokens has length {len(alone)}, but prompt_length (for "
-                                 f"keys and values: k, and prompt_length 0) promises another one")
-            if not (alone - beside[:len(alone)]).norm() <= tolerance * alone.norm():        # nor is NaN
-                raise ValueError(f"{forward} depends on the padding behind it or on its neighbours in the batch, "
-                                 f"expected neither: read nothing where mask is False")
+                wrong = "is not as long as prompt_length (for keys and values: k, and prompt_length 0) promises"
+            elif not (alone - beside[:len(alone)]).norm() <= tolerance * alone.norm():      # nor is NaN
+                wrong = "depends on the padding behind it or on its neighbours: read nothing where mask is False"
+            if wrong:
+                raise ValueError(f"--method {method}: what {type(encoder).__name__}.forward writes for a query {wrong}")
 
 
 def merit(scores, select):
@@ -273,7 +272,8 @@ def progress(label, done, steps, seconds_more):
 # ---------------------------------------------------------------------------------------------------- a run's folder
 
 def claim_folder(folder, config, resume, overwrite):
-    """Take a run's folder by making its config.json, in one atomic step: of two jobs that want it, one is refused.
+    """Take a run's folder by making its config.json, in one atomic step: of two jobs that want it, one is refused
+    -> whether the run in it is already finished.
 
     Raises FileExistsError for a folder with a run, and for `resume` UsageError or ValueError where the settings, or
     what they stand for, differ. Nothing of a run that is already there is touched, unless it is to be replaced.
@@ -287,7 +287,7 @@ def claim_folder(folder, config, resume, overwrite):
     with contextlib.suppress(FileExistsError):
         with open(path, "x", encoding="utf-8") as file:
             file.write(json.dumps(config, indent=2) + "\n")
-        return
+        return False
     before = read_json(path)
     differing = [k for k in config if before.get(k) != config[k] and k not in ("weights", "dialogues", "code")]
     changes = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (now {config[k]})" for k in differing)
@@ -300,6 +300,7 @@ def claim_folder(folder, config, resume, overwrite):
         if before.get(name) != config[name]:
             raise ValueError(f"{what}: the {name} have changed since this run began; put the old ones back, or train "
                              f"again")
+    return not differing and (folder / "results.json").exists()
 
 
 def remove_run(folder):
@@ -331,63 +332,62 @@ def default_folder(config, defaults):
 # ------------------------------------------------------------------------------------------------------ command line
 
 def make_parser():
-    def number(kind, low, high=math.inf):
+    def number(kind, low, high):
         def parse(text):
-            value = kind(text)
-            if not low <= value <= high or not math.isfinite(value):
-                raise argparse.ArgumentTypeError(f"{text} is out of range, expected " + (
-                    f"{low} or more" if high == math.inf else f"a number from {low} to {high}"))
-            return value
-        parse.__name__ = {int: "whole number", float: "number"}[kind]
+            if not low <= kind(text) <= high:           # nor is NaN
+                raise argparse.ArgumentTypeError(f"{text} is out of range, expected {low} to {high}")
+            return kind(text)
+        parse.__name__ = kind.__name__                  # argparse says "invalid int value"
         return parse
 
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_note = " (default: %(default)s)"
+
+    def add(flag, **options):
+        if options.get("default") is not None:
+            options["help"] += " (default: %(default)s)"
+        group.add_argument(flag, **options)
 
     def of_methods(attribute):
         values = {name: getattr(method, attribute) for name, method in METHODS.items()}
         return f"(default: {', '.join(f'{name} {v:g}' for name, v in values.items() if v is not None)})"
 
-    add = parser.add_argument_group("what is trained").add_argument
+    group = parser.add_argument_group("what is trained")
     add("--method", required=True, choices=list(METHODS), help="the way of prompting, see above")
     add("--model", default="tiny-dialogpt", help="tiny-dialogpt, tiny-gpt2, gpt2[-medium|-large|-xl], "
-        "dialogpt-small|medium|large, owner/name on the Hugging Face Hub, or a folder" + default_note)
+        "dialogpt-small|medium|large, owner/name on the Hugging Face Hub, or a folder")
     add("--prompt-length", type=number(int, 1, 10**6), help=f"k {of_methods('default_length')}")
     add("--controller-layers", type=number(int, 1, 1000), help="depth of dynamic's controller (default: 2)")
     add("--controller-init", choices=("random", "gpt"), help="gpt: start as the GPT's own layers (default: random)")
     add("--dropout", type=number(float, 0, 0.99), help=f"in training {of_methods('dropout')}")
     add("--train-embeddings", action=argparse.BooleanOptionalAction,
         help="train the word embeddings (default: finetune, embeddings, soft and dynamic do)")
-    add = parser.add_argument_group("on which dialogues").add_argument
-    add("--data", default="sample", help="sample, dailydialog, multiwoz, a folder, or a text file" + default_note)
-    add("--fraction", type=number(float, 1e-6, 1), default=1.0, help="share of the training dialogues" + default_note)
-    add("--turns", type=number(int, 1, 100), default=1, help="turns in a query" + default_note)
-    add("--pairs", choices=("steps", "sliding"), default="steps",
-        help="steps: (1,2), (3,4) ...; sliding: (1,2), (2,3) ..." + default_note)
-    add("--max-query", type=number(int, 1, 10**6), default=128, help="tokens of a query, its last ones" + default_note)
+    group = parser.add_argument_group("on which dialogues")
+    add("--data", default="sample", help="sample, dailydialog, multiwoz, a folder, or a text file")
+    add("--fraction", type=number(float, 1e-6, 1), default=1.0, help="share of the training dialogues")
+    add("--turns", type=number(int, 1, 100), default=1, help="turns in a query")
+    add("--pairs", choices=("steps", "sliding"), default="steps", help="steps: (1,2), (3,4) ...; sliding: (1,2), (2,3)")
+    add("--max-query", type=number(int, 1, 10**6), default=128, help="tokens of a query, its last ones")
     add("--max-response", type=number(int, 1, 10**6), default=128,
-        help="tokens kept of a response, from its start, for training and for losses and perplexity" + default_note)
-    add("--max-new-tokens", type=number(int, 1, 10**6), default=40, help="tokens of an answer, at most" + default_note)
-    add = parser.add_argument_group("how").add_argument
-    add("--epochs", type=number(int, 0, 10**6), default=3,
-        help="at most this many; 0 tests the model before training" + default_note)
-    add("--patience", type=number(int, 1, 10**6), default=4,
-        help="stop after this many epochs without a better one" + default_note)
+        help="tokens kept of a response, from its start, for training and for losses and perplexity")
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=40, help="tokens of an answer, at most")
+    group = parser.add_argument_group("how")
+    add("--epochs", type=number(int, 0, 10**6), default=3, help="at most this many; 0 tests the model before training")
+    add("--patience", type=number(int, 1, 10**6), default=4, help="stop after this many epochs without a better one")
     add("--select", choices=("bleu4", "loss"), default="bleu4",
-        help="the best epoch has the highest validation BLEU4, or the lowest validation loss" + default_note)
-    add("--batch-size", type=number(int, 1, 10**6), default=16,
-        help="pairs in a step, over all processes" + default_note)
+        help="the best epoch has the highest validation BLEU4, or the lowest validation loss")
+    add("--batch-size", type=number(int, 1, 10**6), default=16, help="pairs in a step, over all processes")
     add("--lr", type=number(float, 0, 10), help=f"peak learning rate {of_methods('learning_rate')}")
     add("--trials", type=number(int, 1, 1000), default=1, help="train this many times, with learning rates drawn from "
-        "[3e-6, 9e-3], and test the best" + default_note)
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random" + default_note)
-    add = parser.add_argument_group("where").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... or mps" + default_note)
+        "[3e-6, 9e-3], and test the best")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
+    group = parser.add_argument_group("where")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... or mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of the matrix products; trained weights and logits stay float32" + default_note)
+        help="of the matrix products; trained weights and logits stay float32")
     add("--compile", action="store_true", help="give the GPT's blocks to torch.compile; it needs a C++ compiler")
     add("--out", type=Path,
         help="the run's folder (default: runs/DATA-MODEL-METHOD-FRACTION-sSEED, and what differs from the defaults)")
+    group = group.add_mutually_exclusive_group()
     add("--resume", action="store_true", help="go on where the run in the folder stopped; --epochs may be larger")
     add("--overwrite", action="store_true", help="replace the run in the folder")
     return parser
@@ -396,22 +396,19 @@ def make_parser():
 def settings(args):
     """Parsed flags -> a run's settings: what was not given is resolved, so that two runs that do the same have the same
     ones. Raises UsageError for a flag that the method has no use for."""
-    config, method = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}, METHODS[args.method]
-    uses = {"prompt_length": method.default_length is not None, **{
-        flag: flag in method.flags for flag in ("dropout", "controller_layers", "controller_init")}}
-    for key, use in uses.items():
-        if config[key] is not None and not use:
-            raise UsageError(f"--{key.replace('_', '-')} {config[key]}: {args.method} has no use for it")
-    if args.trials > 1 and args.lr is not None:
-        raise UsageError("--lr and --trials exclude each other: trials draw their learning rates")
+    config = {"version": Run.version} | {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    method = METHODS[args.method]
+    controller = {"controller_layers": 2, "controller_init": "random"}
     defaults = {"prompt_length": method.default_length, "dropout": method.dropout,
-                "train_embeddings": method.trains_embeddings, "lr": method.learning_rate if args.trials == 1 else None}
-    if uses["controller_layers"]:
-        defaults |= {"controller_layers": 2, "controller_init": "random"}
+                "train_embeddings": method.trains_embeddings, "lr": method.learning_rate if args.trials == 1 else None,
+                **{key: value if key in method.flags else None for key, value in controller.items()}}
     for key, value in defaults.items():
         if config[key] is None:
             config[key] = value
-    return {"version": Run.version} | config
+        elif value is None or key == "dropout" and key not in method.flags:
+            raise UsageError(f"--{key.replace('_', '-')} {config[key]} has no use with --method {args.method} and "
+                             f"--trials {args.trials}")
+    return config
 
 
 def as_arguments(flags):
@@ -434,8 +431,6 @@ def train(arguments=None, **flags):
     in_memory = not isinstance(data, (str, Path))
     args = parser.parse_args(as_arguments(flags | {"data": "from-python" if in_memory else data})
                              if arguments is None else arguments)
-    if args.resume and args.overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
         raise UsageError("--compile needs a C++ compiler, and none is found here (c++, g++, clang++, cl)")
     known = {"sample", "dailydialog", "multiwoz", "tiny-gpt2", "tiny-dialogpt", *REPOSITORIES}
@@ -460,10 +455,7 @@ def train(arguments=None, **flags):
         dist.barrier()
     check_padding(run.model, args.method, splits.examples["train"])
     config |= {"weights": run.weights, "dialogues": splits.fingerprint, "code": run.code}
-    from_main_process(lambda: claim_folder(folder, config, args.resume, args.overwrite))
-    finished = from_main_process(lambda: args.resume and (folder / "results.json").exists()
-                                 and read_json(folder / "config.json")["epochs"] == args.epochs)
-    if finished:
+    if from_main_process(lambda: claim_folder(folder, config, args.resume, args.overwrite)):
         print0(f"{folder} is already finished: nothing to resume")
         return load_run(folder, str(device), args.dtype)
     counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in splits.pairs.items())
@@ -475,9 +467,8 @@ def train(arguments=None, **flags):
         run = load_run(folder, str(device), args.dtype)
         results, generations = run.test(splits, run.best)
         run.write_results(folder, results, generations)
-        chosen = {"bleu4": "best validation BLEU4", "loss": "best validation loss"}[args.select]
-        if args.epochs == 0:
-            chosen = "before training"
+        score = "BLEU4" if args.select == "bleu4" else "loss"
+        chosen = f"best validation {score}" if args.epochs else "before training"
         print0(f"\ntested: epoch {best['epoch']} of {args.epochs} ({chosen}; BLEU4 {best['val_bleu4']:.4f}, "
                f"loss {best['val_loss']:.3f})\n")
         print0(report(results, examples=generations[::max(1, len(generations) // 5)][:5]) + f"\n\n{folder}")

@@ -93,11 +93,11 @@ def test_what_config_json_does_not_say_is_gpt2_smalls(tmp_path):
     """An end of text that is no token of the vocabulary is its last one."""
     (tmp_path / "config.json").write_text("{}")
     config, theirs = read_config(tmp_path / "config.json"), GPT2Config()
-    assert config.eot == theirs.eos_token_id and config == GPTConfig(**{
+    assert config.eos_token_id == theirs.eos_token_id and config == GPTConfig(**{
         name: getattr(theirs, name) for name in vars(config).keys() & vars(theirs).keys() - {"eos_token_id"}})
-    for eos, eot in ((None, 29), ([13], 29), (30, 29), (-1, 29), ("13", 29), (13, 13), (0, 0)):
+    for eos, expected in ((None, 29), ([13], 29), (30, 29), (-1, 29), ("13", 29), (13, 13), (0, 0)):
         edit_config(tmp_path, vocab_size=30, eos_token_id=eos)
-        assert read_config(tmp_path / "config.json").eot == eot
+        assert read_config(tmp_path / "config.json").eos_token_id == expected
 
 
 def test_safetensors_equal_the_library(tmp_path):

@@ -16,7 +16,7 @@ from transformers import GPT2Tokenizer
 
 from conftest import ROOT, SHARED
 from data import (SPLITS, TINY, detokenize, encode_pairs, load_tokenizer, make_pairs, parse_text, query_key,
-                  read_dialogues, take_fraction, word_ids)
+                  read_dialogues, take_fraction)
 from prompt_encoder import group_by_length
 
 EOT = "<|endoftext|>"
@@ -136,7 +136,7 @@ def test_special_tokens_are_text_and_added_words_are_one_token(tmp_path, form):
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(theirs.special_tokens_map))
     ours = load_tokenizer(tmp_path)
     assert (ours.n_vocab, ours.eot_token) == (len(theirs), 4095)
-    assert word_ids(ours) == set(range(len(theirs))) - {4095, ids["[PAD]"]}
+    assert ours.word_ids == set(range(len(theirs))) - {ids["[PAD]"]}
     same_ids(ours, theirs, ["Hello [PAD]there", "covid in New York, New England: other covids", "a.b|c the été\n New"])
 
 
