@@ -406,8 +406,8 @@ def settings(args):
         if config[key] is None:
             config[key] = value
         elif value is None or key == "dropout" and key not in method.flags:
-            raise UsageError(f"--{key.replace('_', '-')} {config[key]} has no use with --method {args.method} and "
-                             f"--trials {args.trials}")
+            reason = "--trials draws learning rates" if key == "lr" else f"not with --method {args.method}"
+            raise UsageError(f"--{key.replace('_', '-')} {config[key]} has no use here: {reason}")
     return config
 
 
