@@ -232,7 +232,7 @@ class Run:
 
     def __init__(self, config, device, dtype):
         self.config, folder = config, checkpoint_folder(config["model"])
-        self.tokenizer, gpt = load_tokenizer(folder), GPT.from_pretrained(folder, config["dropout"])
+        self.tokenizer, gpt = load_tokenizer(folder), GPT.from_pretrained(folder, config["dropout"] or 0.0)
         words, V = self.tokenizer.word_ids, gpt.config.vocab_size
         vocabulary = repr([self.tokenizer.decode_single_token_bytes(i) for i in sorted(words)])
         digest = hashlib.sha256(vocabulary.encode())
@@ -249,8 +249,7 @@ class Run:
             raise ValueError(f"{folder}: the tokenizer has ids up to {max(words)}, but config.json says vocab_size {V}")
         self.suppress_tokens = [i for i in range(V) if i not in words]          # rows of wte that stand for no word
         query, response = config["max_query"], max(config["max_response"], config["max_new_tokens"])
-        layers = config["controller_layers"] or 2
-        self.model = PromptedGPT(gpt, config["method"], config["prompt_length"], query, layers,
+        self.model = PromptedGPT(gpt, config["method"], config["prompt_length"], query, config["controller_layers"],
                                  config["controller_init"], config["train_embeddings"], dtype)
         encoder = self.model.encoder
         prompt = encoder.k if encoder.writes_past else encoder.prompt_length(query)     # keys take positions, too

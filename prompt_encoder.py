@@ -30,12 +30,13 @@ class PromptEncoder(nn.Module):
 
     trains_gpt = False              # whether the GPT's blocks are trained, too
     trains_embeddings = False       # whether the GPT's word embeddings wte, tied to the output layer, are trained, too
-    default_length = None           # k, for methods that have one
     writes_past = False             # the prompt is keys and values before the row, not embeddings in it
     reads_hidden_states = False     # `forward` gets the GPT's last hidden states of the queries, not word embeddings
-    learning_rate = 1e-3            # train.py's default --lr
-    dropout = 0.0                   # and --dropout, where there is any
-    flags = ()                      # those of train.py that make a difference to some methods alone: this one's
+    default_length = None           # k
+    learning_rate = 1e-3            # this and what follows are the defaults of train.py's flags; None: has no use for it
+    dropout = None
+    controller_layers = None
+    controller_init = None
 
     def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         """config: a GPTConfig. word_embeddings: wte's weight (V, C), to start from; it is not kept. prompt_length: k
@@ -63,7 +64,7 @@ class FineTuning(PromptEncoder):
 
         row = [x1, ..., xm, response]           where x = wte(query)
     """
-    trains_gpt, trains_embeddings, learning_rate, dropout, flags = True, True, 3e-4, 0.1, ("dropout",)
+    trains_gpt, trains_embeddings, learning_rate, dropout = True, True, 3e-4, 0.1
 
 
 class EmbeddingTuning(PromptEncoder):
@@ -165,7 +166,7 @@ class DynamicPrompt(PromptEncoder):
     >>> controller(torch.randn(2, 7, 64)).shape             # two queries of 7 tokens
     torch.Size([2, 7, 64])
     """
-    trains_embeddings, learning_rate, flags = True, 5e-4, ("dropout", "controller_layers", "controller_init")
+    trains_embeddings, learning_rate, dropout, controller_layers, controller_init = True, 5e-4, 0.0, 2, "random"
 
     def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)
@@ -241,7 +242,7 @@ class DialogPrompt(PromptEncoder):
     The Transformer is as deep as the GPT. Each of its blocks but the last cross-attends to c, the context, which is
     the query. The last is nothing but keys and values: what would follow could get no gradient.
     """
-    default_length, writes_past, reads_hidden_states, flags = 20, True, True, ("dropout",)
+    default_length, writes_past, reads_hidden_states, dropout = 20, True, True, 0.0
 
     def __init__(self, config, word_embeddings, prompt_length=None, max_query=128, layers=2):
         super().__init__(config, word_embeddings, prompt_length, max_query, layers)

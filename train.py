@@ -398,14 +398,13 @@ def settings(args):
     ones. Raises UsageError for a flag that the method has no use for."""
     config = {"version": Run.version} | {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
     method = METHODS[args.method]
-    controller = {"controller_layers": 2, "controller_init": "random"}
     defaults = {"prompt_length": method.default_length, "dropout": method.dropout,
-                "train_embeddings": method.trains_embeddings, "lr": method.learning_rate if args.trials == 1 else None,
-                **{key: value if key in method.flags else None for key, value in controller.items()}}
+                "controller_layers": method.controller_layers, "controller_init": method.controller_init,
+                "train_embeddings": method.trains_embeddings, "lr": method.learning_rate if args.trials == 1 else None}
     for key, value in defaults.items():
         if config[key] is None:
             config[key] = value
-        elif value is None or key == "dropout" and key not in method.flags:
+        elif value is None:
             reason = "--trials draws learning rates" if key == "lr" else f"not with --method {args.method}"
             raise UsageError(f"--{key.replace('_', '-')} {config[key]} has no use here: {reason}")
     return config

@@ -275,7 +275,7 @@ def test_methods_begin_as_published(folder):
     close(controller(torch.randn(1, 50, WIDTH)).std(), gpt.wte.weight.std(), 0.01)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "controller_init" in METHODS[m].flags])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].controller_init])
 @pytest.mark.parametrize("max_query, layers", [(16, 1), (64, 2), (100, 3)])
 def test_a_controller_may_start_as_the_gpts_own_layers(folder, method, max_query, layers):
     """They are copies: training them leaves the GPT as it was. What the GPT does not have stays random."""
@@ -335,7 +335,7 @@ def test_dropout_acts_where_weights_are_trained(folder, method):
     model, sober = prompted(folder, method, dropout=0.5).train(), losses_of(prompted(folder, method), EXAMPLES)
     assert {module.training for module in model.gpt.modules()} == {model.encoder.trains_gpt}
     first, second = losses_of(model, EXAMPLES), losses_of(model, EXAMPLES)
-    assert torch.allclose(first, sober) == torch.allclose(first, second) == ("dropout" not in METHODS[method].flags)
+    assert torch.allclose(first, sober) == torch.allclose(first, second) == (METHODS[method].dropout is None)
     modes = [module.training for module in model.modules()]
     assert model.generate(QUERIES, 6) == prompted(folder, method).generate(QUERIES, 6)
     assert modes == [module.training for module in model.modules()]
@@ -349,7 +349,7 @@ def memorising():
     for method, encoder in METHODS.items():
         encoder = encoder(GPTConfig(**SIZES), torch.randn(VOCAB, WIDTH)).eval()
         if not alike(prompt_of(encoder, gpt, [1, 2]), prompt_of(encoder, gpt, [3, 4])):
-            yield from [(method, "random"), (method, "gpt")][:1 + ("controller_init" in encoder.flags)]
+            yield from [(method, "random"), (method, "gpt")][:1 + bool(encoder.controller_init)]
 
 
 @pytest.mark.parametrize("method, init", list(memorising()))
