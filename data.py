@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str     # how GPT-2 splits a text into words
 
-TINY = Path(globals().get("__file__", "data.py")).resolve().parent / "tiny"       # pasted into a notebook, no file
+TINY = Path(globals().get("__file__", "data.py")).resolve().parent / "tiny"       # a notebook has no __file__
 TIMEOUT = 20                    # seconds without a byte before a download counts as stalled
 REPOSITORIES = {"gpt2": "gpt2", "gpt2-medium": "gpt2-medium", "gpt2-large": "gpt2-large", "gpt2-xl": "gpt2-xl",
                 "dialogpt-small": "microsoft/DialoGPT-small", "dialogpt-medium": "microsoft/DialoGPT-medium",
@@ -172,7 +172,7 @@ def make_pairs(dialogues, turns=1, sliding=False):
 
 def encode_pairs(pairs, tokenizer, max_query=128, max_response=128):
     """Pairs -> [(query ids, response ids), ...]; every turn ends with <eot>. A query is a list of turns, or one string.
-    One over max_query tokens keeps its end, a response over max_response its start.
+    A query over max_query tokens keeps its end, a response over max_response its start.
 
     >>> encode_pairs([("Hi!", "Hello.")], load_tokenizer(TINY / "tiny-gpt2"))
     [([2647, 0, 4095], [3087, 13, 4095])]
@@ -200,7 +200,7 @@ def query_key(query):
     return tuple(words(turn) for turn in query)
 
 
-# ----------------------------------------------------------------------------------------- checkpoints, tokenizer
+# ------------------------------------------------------------------------------------------------------ tokenizer
 
 def read_json(path):
     """A file that holds a JSON object -> dict. Raises OSError, ValueError."""

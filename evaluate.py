@@ -4,7 +4,7 @@
     python evaluate.py RUN --chat               talk to it
     python evaluate.py RUN --explain "Hello."   look inside its prompt
     python evaluate.py RUN --plot               draw its losses and BLEU4 over the epochs: curves.png
-    python evaluate.py RUN --export FOLDER      write it for transformers (finetune) or peft (where the prompt is fixed)
+    python evaluate.py RUN --export FOLDER      write it for transformers (finetune) or peft (prompt-/p-tuning, prefix)
     python evaluate.py --compare RUN RUN ...    the answers of several runs to the same queries, as a table
     python evaluate.py --table RUNS             every run below a folder, as the papers' tables
     python evaluate.py --plot RUNS              BLEU4, novelty, diversity over the training fraction: figure2.png
@@ -32,7 +32,7 @@ from model import GPT, UsageError, choose_device, evaluation, load_tensors, read
 from prompt_encoder import METHODS, PromptedGPT, group_by_length
 
 # ----------------------------------------------------------------------------------------------------------- metrics
-# Lists of strings in, a float out. Down to `score` the standard library is enough: paste them anywhere.
+# Lists of strings in, a float out. Down to `distinct` the standard library is enough: paste them anywhere.
 
 
 def tokenize(text):
@@ -74,7 +74,7 @@ def corpus_bleu(outputs, references, n=4):
         matches = total = 0
         for output, reference in pairs:
             counts = ngrams(output, order)
-            matches += (counts & ngrams(reference, order)).total()
+            matches += (counts & ngrams(reference, order)).total()      # &: the smaller of the two counts
             total += max(1, counts.total())             # as nltk has it: an output too short still counts 1
         if matches == 0:
             return 0.0
@@ -162,7 +162,7 @@ def all_metrics(outputs, references, training_responses, mean_loss=None):
     mean_loss: per response token; None where nothing has a loss.
     """
     if not outputs:
-        return {"n": 0} | dict.fromkeys(list(all_metrics(["."], ["."], []))[1:])
+        return dict.fromkeys(all_metrics(["."], ["."], [])) | {"n": 0}          # the same names, each null
     return {
         "n": len(outputs),
         **{f"bleu{n}": corpus_bleu(outputs, references, n) for n in (1, 2, 3, 4)},
@@ -243,7 +243,7 @@ class Run:
             raise ValueError(f"{folder}: the weights or the vocabulary have changed since this run began, so its "
                              f"results would be of another model; put the old ones back, or train again")
         code = [Path(__file__).with_name(file).read_bytes() for file in ("model.py", "prompt_encoder.py")]
-        self.code = hashlib.sha256(b"".join(code)).hexdigest()      # with another, an old run's scores may be others
+        self.code = hashlib.sha256(b"".join(code)).hexdigest()      # if it changes, so may an old run's scores
         gpt.config.eos_token_id = self.tokenizer.eot_token
         if max(words) >= V:
             raise ValueError(f"{folder}: the tokenizer has ids up to {max(words)}, but config.json says vocab_size {V}")
@@ -269,7 +269,7 @@ class Run:
         turns = [query] if isinstance(query, str) else list(query)
         if not turns or not clean_turn(turns[-1]):
             raise ValueError("the query is empty, expected a string or a list of turns")
-        (ids, _), = encode_pairs([(turns[-self.config["turns"]:], "")], self.tokenizer, self.config["max_query"])
+        [(ids, _)] = encode_pairs([(turns[-self.config["turns"]:], "")], self.tokenizer, self.config["max_query"])
         return ids
 
     def reply(self, query, temperature=0.0, top_p=1.0):
@@ -284,7 +284,7 @@ class Run:
         """Greedy answers to the examples' queries, as text, in their order."""
         answers = {}
         for indices in group_by_length([len(query) for query, _ in examples], self.batch_size):
-            answers |= zip(indices, self.answer([examples[i][0] for i in indices]))
+            answers.update(zip(indices, self.answer([examples[i][0] for i in indices])))
         return [answers[i] for i in range(len(examples))]
 
     def row_length(self, example):
@@ -696,7 +696,7 @@ def main():
     add("--temperature", type=float, help="with --chat: 0 is greedy (default), 1 samples from the model's distribution")
     add("--top-p", type=float, help="with --chat: sample from this share of the probability (default: 1)")
     add("--device", help="auto (default), cpu, cuda, cuda:1 ... or mps")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the products (default: as in training)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of matrix products (default: the run's)")
     given = vars(parser.parse_args())
     useful = {"chat": ("model", "device", "dtype", "temperature", "top_p"), "explain": ("model", "device", "dtype"),
               "export": ("model",), "compare": ("device", "dtype", "queries"), "table": (), "plot": (),

@@ -30,7 +30,7 @@ class GPTConfig:
     n_head: int = 12
     n_inner: int | None = None              # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
-    eos_token_id: int | None = None         # <|endoftext|>; None, or what is no token: the vocabulary's last one
+    eos_token_id: int | None = None         # <|endoftext|>; None or out of range: the last of the vocabulary
     dropout: float = 0.0                    # in training only: on embeddings, attention and residual branches
 
     def __post_init__(self):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))    # (B, T, C) -> (B, H, T, D)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)   # (B, H, P + T, D)
-            if mask is None:            # P = 2, T = 3: xxx.. / xxxx. / xxxxx; `is_causal`: x.... / xx... / xxx..
+            if mask is None:            # P = 2, T = 3: xxx.. / xxxx. / xxxxx, where is_causal has x.... / xx... / xxx..
                 P = k.size(2) - T
                 mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -121,7 +121,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.apply(init_weights)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):      # 2L branches add up: their sum shall not grow with L
+            if name.endswith("c_proj.weight"):      # 2L branches add up: so their sum does not grow with L
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids):
@@ -135,7 +135,7 @@ class GPT(nn.Module):
         Prompts enter here, as a part of x, or as `past`: for each layer (keys, values), each (B, H, P, D).
         mask: as in `Attention.forward`. positions: position ids (B, T) or (T,); None: P, P + 1, ...
         """
-        T, P = x.size(1), past[0][0].size(2) if past else 0
+        T, P = x.size(1), (past[0][0].size(2) if past else 0)
         if positions is None:
             if P + T > self.config.n_positions:
                 raise ValueError(f"{P + T} positions, but the model's n_positions is {self.config.n_positions}")
@@ -168,8 +168,8 @@ class GPT(nn.Module):
             return self.generate_from(x, [len(row) for row in rows], None, max_new_tokens, eot, **options)
 
     def generate_from(self, x, lengths, past, max_new_tokens=40, eot=None, suppress_tokens=(), **options):
-        """Like `generate`, within `evaluation`, from input embeddings x (B, T, C), padded on the right to `lengths` (a
-        list of B numbers), and a `past` as in `hidden_states`, or None."""
+        """Like `generate`, from input embeddings x (B, T, C), padded on the right, the rows' true lengths (B ints), and
+        a `past` as in `hidden_states`, or None. Call it within `evaluation`."""
         (B, T, _), device = x.shape, x.device
         P = past[0][0].size(2) if past else 0
         eot = self.config.eos_token_id if eot is None else eot
@@ -181,10 +181,10 @@ class GPT(nn.Module):
         suppressed = to_device(torch.tensor(list(suppress_tokens), dtype=torch.int64), device)
         ends = to_device(torch.tensor(lengths), device)
         answers, rows = [[] for _ in lengths], list(range(B))           # rows: those that have not ended
-        # Prefill: one pass over the rows. What is real never reads the padding behind it; later tokens must not either.
+        # Prefill: one pass over the rows. Real tokens never read the padding behind them; new tokens must not either.
         hidden, past = self.hidden_states(x, past)
         hidden = hidden[torch.arange(B, device=device), ends - 1][:, None]                      # (B, 1, C)
-        readable = torch.arange(-P, T, device=device) < ends[:, None]                           # (B, P + T)
+        readable = torch.arange(-P, T, device=device) < ends[:, None]       # (B, P + T): all of the past, no padding
         for n in range(1, max_new_tokens + 1):
             logits = self.logits(hidden[:, 0]).index_fill(1, suppressed, -math.inf)             # (B, V)
             finite = logits.amax(dim=1).isfinite()                      # the maximum of a row with NaN is NaN
@@ -252,7 +252,7 @@ def evaluation(module):
 
 def sample_next_token(logits, temperature=0.0, top_p=1.0):
     """Logits (B, V) -> the next token of each row (B,). temperature 0 takes the likeliest; else one is drawn from the
-    smallest set that holds top_p of the probability."""
+    nucleus: the fewest likeliest tokens that hold top_p of the probability."""
     if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
         raise UsageError(f"temperature {temperature} and top_p {top_p}, expected 0 or more, and a number from 0 to 1")
     if temperature < 1e-6:                              # 0, or so little that to divide by it would overflow
@@ -260,11 +260,11 @@ def sample_next_token(logits, temperature=0.0, top_p=1.0):
     probs = F.softmax(logits / temperature, dim=-1).nan_to_num()        # a GPU stops the whole program at NaN
     probs, ids = probs.sort(dim=-1, descending=True)
     probs[probs.cumsum(dim=-1) - probs >= top_p] = 0            # what stands before a token already fills the nucleus
-    probs[:, 0] += (probs[:, 0] == 0)                           # top_p 0 leaves the likeliest
+    probs[:, 0].masked_fill_(probs[:, 0] == 0, 1)               # top_p 0 leaves the likeliest; a row of NaN, anything
     return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
 
 
-# --------------------------------------------------------------------------------------------------- device and type
+# -------------------------------------------------------------------------------------------------- device and dtype
 
 class UsageError(ValueError):
     """What was asked for cannot be: the command line ends with status 2."""

@@ -6,13 +6,13 @@ reads before the row (the `past` of model.py).
 
 The story: a table of free vectors (PromptTuning), one as long as the query (SoftPrompt), the same table seen through an
 LSTM (PTuning) or turned into keys and values (PrefixTuning); then the prompts that depend on what was just said
-(DynamicPrompt, DialogPrompt). Two methods have no prompt: FineTuning, and EmbeddingTuning, which shows what one adds.
+(DynamicPrompt, DialogPrompt). Two have no prompt: FineTuning, and EmbeddingTuning, which shows what a prompt adds.
 
 Shape letters as in model.py; m is the number of tokens in a query, M the longest m of a batch, k a fixed prompt length.
 A mask here is (B, M), True on a query's own tokens.
 """
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -25,15 +25,15 @@ from model import Block, evaluation, init_weights, to_device, token_rows
 # ------------------------------------------------------------------------------------------------ the prompt encoders
 
 class PromptEncoder(nn.Module):
-    """What all methods have in common; by itself, no prompt. A new one overrides `forward`, `prompt_length` where it
-    writes other than k prompt embeddings, and the settings below where they differ; and it enters METHODS."""
+    """What all methods have in common; by itself, no prompt. A new method overrides `forward`, the settings below that
+    differ, and `prompt_length` if it writes neither k prompt embeddings nor a past; and it is listed in METHODS."""
 
     trains_gpt = False              # whether the GPT's blocks are trained, too
     trains_embeddings = False       # whether the GPT's word embeddings wte, tied to the output layer, are trained, too
     writes_past = False             # the prompt is keys and values before the row, not embeddings in it
     reads_hidden_states = False     # `forward` gets the GPT's last hidden states of the queries, not word embeddings
-    default_length = None           # k
-    learning_rate = 1e-3            # this and what follows are the defaults of train.py's flags; None: has no use for it
+    default_length = None           # k, where --prompt-length is not given; None: the method has no k
+    learning_rate = 1e-3            # this and all below: defaults of train.py's flags; None: the flag has no use
     dropout = None
     controller_layers = None
     controller_init = None
@@ -45,13 +45,13 @@ class PromptEncoder(nn.Module):
         self.k, self.max_query = prompt_length or self.default_length, max_query
 
     def prompt_length(self, m):
-        """How many prompt embeddings stand before a query of m tokens: k, where the method has one."""
+        """How many prompt embeddings stand before a query of m tokens: k; 0 without a prompt, or with a past."""
         return self.k if self.default_length and not self.writes_past else 0
 
     def forward(self, queries, mask):
-        """Query embeddings (B, M, C), zero behind each query's end, and mask (B, M), True up to there -> prompt
-        embeddings (B, prompt_length(M), C), of which a query of m tokens gets the first prompt_length(m). Hidden states
-        are not zero there. Where `writes_past`: -> for each layer a pair of keys and values, each (B, H, k, D).
+        """Query embeddings (B, M, C), 0 on padding (hidden states are not), and mask (B, M), True on the query's own
+        tokens -> prompt embeddings (B, prompt_length(M), C), of which a query of m tokens gets the first
+        prompt_length(m). Where `writes_past`: -> for each layer a pair of keys and values, each (B, H, k, D).
 
         What is written for a query must depend neither on the padding behind it nor on its neighbours in the batch:
         read nothing where `mask` is False. Padding stands on the right; padded on the left, a query's prompt is wrong.
@@ -108,7 +108,7 @@ class SoftPrompt(PromptEncoder):
 
 class PTuning(PromptEncoder):
     """Unlike prompt tuning's, the k vectors know each other: they come out of a bidirectional LSTM and an MLP
-    (Liu et al. 2021b, section 3.2; sizes as in its code).
+    (Liu et al. 2021, "GPT Understands, Too", section 3.2; sizes as in its code).
 
         h1, ..., hk = MLP(LSTM(p1, ..., pk))
         row = [h1, ..., hk, x1, ..., xm, response]
@@ -293,7 +293,7 @@ class Batch:
     mask: torch.Tensor                  # (B, M) bool: True on a query's own tokens
     label_positions: torch.Tensor       # (N,) int64: where labels are predicted, counted through all rows (b * T + t)
     labels: torch.Tensor                # (N,) int64: the response tokens
-    lengths: list                       # B ints: prompt, query and response of each row
+    lengths: list                       # B ints, without padding: prompt + query + response of each row
 
 
 def make_batch(examples, prompt_length):
@@ -309,7 +309,7 @@ def make_batch(examples, prompt_length):
     queries = pad([query for query, _ in examples])                                                 # (B, M)
     rows = pad([[0] * prompt_length(len(query)) + [*query, *response] for query, response in examples])     # (B, T)
     lengths = torch.tensor([(prompt_length(len(query)), len(query), len(response)) for query, response in examples])
-    k, m, r = lengths.T[:, :, None]                                             # (B, 1) each
+    k, m, r = lengths.split(1, dim=1)                                           # (B, 1) each
     t = torch.arange(rows.size(1))
     predicting = (t >= k + m - 1) & (t < k + m - 1 + r)                         # (B, T): one place before its token
     positions = predicting.flatten().nonzero().squeeze(1)                       # (N,)
@@ -334,7 +334,7 @@ def group_by_length(lengths, batch_size, seed=None):
 # -------------------------------------------------------------------------------------------------- GPT and prompt
 
 class PromptedGPT(nn.Module):
-    """A GPT and one way of prompting it. The GPT itself is frozen where the method says so: do not share it.
+    """A GPT and one way of prompting it. It freezes the GPT it is given, as the method says: do not share that.
 
     method: a name in METHODS. prompt_length: k, for methods that have one. max_query: the longest query in tokens.
     controller_layers, controller_init ("random", or "gpt": start as the GPT's own first layers): of `dynamic`.
@@ -363,7 +363,7 @@ class PromptedGPT(nn.Module):
         gpt.wte.requires_grad_(encoder.trains_embeddings if train_embeddings is None else train_embeddings)
         for layer in gpt.h.modules():
             if isinstance(layer, nn.Linear) and not encoder.trains_gpt:
-                layer.to(dtype)                 # once, instead of in every step
+                layer.to(dtype)                 # frozen: cast once, not by autocast in every step
         self.train(gpt.training)
 
     def train(self, mode=True):
@@ -390,7 +390,7 @@ class PromptedGPT(nn.Module):
         return Batch(*(to_device(t, self.device) if torch.is_tensor(t) else t for t in vars(batch).values()))
 
     def prompt(self, batch, swapped=False):
-        """Batch -> what the encoder writes for its queries, of which alone it knows; swapped: for the row before."""
+        """Batch -> the prompt that the encoder writes from its queries alone; swapped: from the row before's."""
         queries, mask = batch.queries, batch.mask
         if swapped:
             queries, mask = queries.roll(1, dims=0), mask.roll(1, dims=0)

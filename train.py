@@ -59,8 +59,8 @@ def warm_up_and_decay(step, steps):
 def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     """Train on batches of the examples, lists of indices, each at its learning rate -> the mean loss per token.
 
-    show: called after each step with the step's number in the epoch and its loss. The loss is a tensor: to read it is
-    to wait for the GPU. Raises FloatingPointError where a loss has become NaN or infinite.
+    show: called after each step with the step's number in the epoch and its loss, a tensor: reading it waits for the
+    GPU. Raises FloatingPointError where a loss has become NaN or infinite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -70,8 +70,8 @@ def train_epoch(model, examples, batches, rates, optimizer, scaler, show):
     for indices, rate, n in zip(batches, rates, tokens):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        mine = indices[rank::world] or indices[:1]      # where a short batch has none for this process, one that
-        loss = model([examples[i] for i in mine]).sum() / n * (rank < len(indices))         # counts nothing
+        mine = indices[rank::world] or indices[:1]      # a batch too small for all processes: one example, times 0
+        loss = model([examples[i] for i in mine]).sum() / n * (rank < len(indices))
         scaler.scale(loss * world).backward()           # DistributedDataParallel divides gradients by world
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -116,8 +116,8 @@ def check_padding(model, method, examples):
 
 
 def merit(scores, select):
-    """What the best epoch, or trial, has the most of: validation BLEU4, then a low loss; or the other way round. Any
-    other is better than epoch 0, the baseline."""
+    """A sort key, greatest for the best epoch or trial: by validation BLEU4, then by low loss, or the other way round.
+    Epoch 0, before training, is worse than any other."""
     trained, loss, bleu4 = scores["epoch"] > 0, -scores["val_loss"], scores["val_bleu4"]
     return (trained, bleu4, loss) if select == "bleu4" else (trained, loss, bleu4)
 
@@ -148,7 +148,7 @@ def fit(run, splits, config, folder, label=""):
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     epoch, log, best = restore(folder, model, optimizer, scaler)
     print0(label + ("starting from the beginning" if epoch < 0 else f"resuming after epoch {epoch}"))
-    if main_process():                                  # not before all that the run stands on has been read
+    if main_process():                                  # only now: all that the run needs has been read
         (folder / "results.json").unlink(missing_ok=True)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if config["compile"]:
@@ -160,9 +160,9 @@ def fit(run, splits, config, folder, label=""):
     steps = steps_per_epoch * config["epochs"]
     rates = [config["lr"] * warm_up_and_decay(step, steps) for step in range(steps)]
 
-    while epoch < config["epochs"] and (epoch < 1 or epoch - best["epoch"] < config["patience"]):
+    while epoch < config["epochs"] and (not best or epoch - best["epoch"] < config["patience"]):
         epoch += 1
-        first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch    # the epoch's first step, the next one's
+        first, step = steps_per_epoch * (epoch - 1), steps_per_epoch * epoch    # steps done before the epoch, and after
         train_loss = lr = seconds = tokens_per_second = None
         if epoch > 0:
             seed = config["seed"] * 1_000_003 + epoch
