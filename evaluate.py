@@ -536,7 +536,7 @@ def explain(folder, query, **options):
     for other in [ids, *others]:                        # swapped, the first row gets the prompt of the last
         loss = model([(ids, own), (other, own)], swapped=True)[:len(own)].mean().item()
         answer = run.answer([ids, other], swapped=True)[0]
-        lines.append(f"behind the prompt of {decode(other[:-1])!r}: {answer!r}  (loss of the own reply: {loss:.2f})")
+        lines.append(f"behind the prompt of {decode(other[:-1])!r}: {answer!r}  (loss of the first reply: {loss:.2f})")
     return "\n".join(lines)
 
 

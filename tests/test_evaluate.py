@@ -327,7 +327,7 @@ def test_explain_shows_the_reply_behind_other_prompts(method):
     """Its own first, and the words nearest to each vector. Nothing changes if no prompt depends on its query."""
     folder, query, loaded = finished(method), "Hi", load_run(finished(method))
     out = ok(run(evaluate, folder, "--explain", query)).out
-    behind = re.findall(r"^behind the prompt of '(.*)': (.+)  \(loss of the own reply: (\d+\.\d+)\)$", out, flags=re.M)
+    behind = re.findall(r"^behind the prompt of '(.*)': (.+)  \(loss of the first reply: (\d+\.\d+)\)$", out, flags=re.M)
     assert len(behind) == 4 and behind[0][:2] == (query, repr(loaded.reply(query)))
     assert results_of(folder)["swap"] != 0 or len({part[1:] for part in behind}) == 1
     assert out.count("  ->  ") == loaded.model.encoder.prompt_length(len(loaded.encode_query(query)))
@@ -335,7 +335,7 @@ def test_explain_shows_the_reply_behind_other_prompts(method):
 
 def test_explain_where_a_row_takes_all_positions():
     folder = finished("dynamic", "--max-query", 44, "--epochs", 0)          # 44 + 44 + 40 of 128
-    assert "(loss of the own reply: " in ok(run(evaluate, folder, "--explain", "x y " * 60)).out
+    assert "(loss of the first reply: " in ok(run(evaluate, folder, "--explain", "x y " * 60)).out
 
 
 def test_chat():
