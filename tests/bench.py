@@ -91,16 +91,16 @@ def load(side, method, folder, dtype):
 
 
 def our_answers(ours, examples):
-    """Greedy answers, as long as their references: a row's last token becomes -1, the end."""
+    """Greedy answers, as long as their references: a row's last token becomes -2, the end."""
     left, sample_next_token = [len(response) for _, response in examples], model.sample_next_token
 
-    def stand_in(logits, temperature, top_p):
+    def stand_in(logits):
         left[:] = [n - 1 for n in left if n > 0]                # rows that have ended have left the batch
         ended = torch.tensor([n == 0 for n in left], device=logits.device)
-        return sample_next_token(logits, temperature, top_p).masked_fill(ended, -1)
+        return sample_next_token(logits).masked_fill(ended, -2)
 
     with mock.patch.object(model, "sample_next_token", stand_in):
-        return ours.generate([query for query, _ in examples], max(left), eot=-1)
+        return ours.generate([query for query, _ in examples], max(left), eot=-2)
 
 
 @functools.cache
