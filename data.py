@@ -18,7 +18,6 @@ import zipfile
 from pathlib import Path
 
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str     # how GPT-2 splits a text into words
 
 TINY = Path(globals().get("__file__", "data.py")).resolve().parent / "tiny"       # a notebook has no __file__
 TIMEOUT = 20                    # seconds without a byte before a download counts as stalled
@@ -208,6 +207,8 @@ def read_json(path):
         return dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
 
 
+# GPT-2's split into words, with possessive quantifiers, as tiktoken itself spells it
+SPLIT_INTO_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # what GPT-2's tokenizer does not do; where one does, its ids are others
 UNLIKE_GPT2 = ("normalizer", "add_prefix_space", "add_bos_token", "add_eos_token", "dropout", "ignore_merges",
                "end_of_word_suffix", "lstrip", "rstrip", "single_word")
@@ -258,7 +259,7 @@ def load_tokenizer(folder):
         others = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
         byte = {chr(256 + others.index(b) if b in others else b): b for b in range(256)}
         words = {*byte, *map("".join, merges)}          # whatever else stands in the vocabulary is a special token
-        tokenizer = Tokenizer(str(folder), pat_str=r50k_pat_str,
+        tokenizer = Tokenizer(str(folder), pat_str=SPLIT_INTO_WORDS,
                               mergeable_ranks={bytes(byte[c] for c in word): vocab[word] for word in words},
                               special_tokens={word: i for word, i in vocab.items() if word not in words})
         tokenizer.added_words = {token["content"]: token["id"] for token in added_words}

@@ -188,7 +188,7 @@ class GPT(nn.Module):
         for n in range(1, max_new_tokens + 1):
             logits = self.logits(hidden[:, 0]).index_fill(1, suppressed, -math.inf)             # (B, V)
             finite = logits.amax(dim=1).isfinite()                      # the maximum of a row with NaN is NaN
-            tokens = sample_next_token(logits, **options).where(finite, -1)                     # (B,)
+            tokens = sample_next_token(logits, **options).where(finite, -1)                     # (B,); -1: not finite
             alive = []
             for i, token in enumerate(tokens.tolist()):                 # a GPU is waited for here, and nowhere else
                 if token == -1:
